@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Builds the wasm programs of tests, demo and benches from source (`make guests` calls it).
+#
+#     tests/guests/build.sh          progress on stderr; the last line, alone on stdout, is the folder of the outputs
+#
+# Outputs, modules for WASI preview 1 and components for WASI 0.2:
+#     hello.wasm  kit.wasm  exports.wasm  hello-component.wasm  kit-component.wasm  exports-component.wasm
+# What each can do is in the header of its `src/main.rs`. The text files of `wat/` need no building: tests compile them.
+#
+# Settings, from the environment:
+#     TROUPE_GUESTS          the folder, never one under git          default: ~/.cache/troupe/guests
+#     TROUPE_GUESTS_TARGET   auto | installed | debian                default: auto
+#         installed: the Rust of the PATH has the target wasm32-wasip1 (or rustup can add it)
+#         debian:    Debian's rustc-web builds the standard library for it; packages are installed when missing
+#         auto:      the first, and the second where the first cannot be had
+#
+# Nothing is done when the sources are those of the last build. Runs at the same time wait for each other, and each
+# output appears under its name in one step, complete.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=${TROUPE_GUESTS:-${HOME:?set HOME or TROUPE_GUESTS}/.cache/troupe/guests}
+want=${TROUPE_GUESTS_TARGET:-auto}
+target=wasm32-wasip1
+guests=(exports hello kit)
+packages=(rustc-web cargo-web rust-web-src wasi-libc lld)
+debian_libc=/usr/lib/wasm32-wasi
+cannot="no target $target here, and rustup cannot add it"
+
+main() {
+    mkdir -p "$out"
+    out=$(cd "$out" && pwd)
+    exec 9>"$out/.lock"
+    if ! flock --nonblock 9; then
+        say "another run builds into $out: waiting for it"
+        flock 9
+    fi
+    local sources
+    sources=$(fingerprint)
+    if is_current "$sources"; then
+        say "up to date"
+    else
+        # An inherited setting must not decide what the guests are built with or where they go.
+        unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET CARGO_TARGET_DIR RUSTC RUSTC_WRAPPER
+        rm -f "$out/.sources"
+        build_modules
+        build_components
+        echo "$sources" >"$out/.sources"
+    fi
+    echo "$out"
+}
+
+# Everything the outputs depend on but the compiler: an update of Rust is no reason to build them again.
+fingerprint() {
+    (cd "$here" && find build.sh Cargo.toml Cargo.lock "${guests[@]}" realloc componentize -type f -print0 |
+        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+}
+
+is_current() {
+    local guest
+    [ "$(cat "$out/.sources" 2>/dev/null)" = "$1" ] || return 1
+    for guest in "${guests[@]}"; do
+        [ -s "$out/$guest.wasm" ] && [ -s "$out/$guest-component.wasm" ] || return 1
+    done
+}
+
+build_modules() {
+    local built guest
+    case $want in
+    auto) if has_target; then want=installed; else say "$cannot: taking Debian's Rust" && want=debian; fi ;;
+    installed) has_target || { say "$cannot"; exit 1; } ;;
+    debian) ;;
+    *) say "TROUPE_GUESTS_TARGET is '$want'; it can be auto, installed or debian" && exit 1 ;;
+    esac
+    built=$out/.build/$want
+    if [ "$want" = debian ]; then
+        need_packages
+        say "building ${guests[*]} for $target with $(/usr/bin/rustc --version), standard library included (minutes at first)"
+        cargo_debian "$built"
+    else
+        say "building ${guests[*]} for $target with $(cd "$here" && rustc --version)"
+        (cd "$here" && cargo build --release --locked --target "$target" --target-dir "$built") >&2 9>&-
+    fi
+    for guest in "${guests[@]}"; do
+        cp "$built/$target/release/$guest.wasm" "$out/.$guest.unfinished"
+        mv "$out/.$guest.unfinished" "$out/$guest.wasm"
+    done
+}
+
+# True when the Rust of the PATH can build for the target, after rustup has added it if need be.
+has_target() {
+    command -v rustc >/dev/null && command -v cargo >/dev/null || return 1
+    target_is_there && return 0
+    command -v rustup >/dev/null || return 1
+    say "rustup target add $target (the guests' target)"
+    (cd "$here" && timeout 300 rustup target add "$target") >&2 9>&- && target_is_there
+}
+
+target_is_there() {
+    local folder
+    folder=$(cd "$here" && rustc --print target-libdir --target "$target" 2>/dev/null) || return 1
+    compgen -G "$folder/libstd-*.rlib" >/dev/null
+}
+
+cargo_debian() {
+    local flags='"-Clink-self-contained=no", "-L'$debian_libc'", "-Clinker=/usr/bin/wasm-ld",'
+    flags+=' "-Clink-arg='$debian_libc'/crt1-command.o", "-Clink-arg=-lc"'
+    # RUSTC_BOOTSTRAP: building the standard library is not yet for a stable compiler, and this one is used for no more.
+    (cd "$here" && RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 /usr/bin/cargo build --release --locked --target "$target" \
+        --target-dir "$1" -Zbuild-std=std,panic_abort --config "target.$target.rustflags=[$flags]") >&2 9>&-
+}
+
+need_packages() {
+    local missing=() package
+    for package in "${packages[@]}"; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    say "missing: ${missing[*]} (Rust with the sources of its library, WASI's C library and linker)"
+    if ! command -v apt-get >/dev/null; then
+        say "this is no Debian; install a Rust with the target $target, e.g. https://rustup.rs, and run this again"
+        exit 1
+    elif [ "$(id -u)" != 0 ]; then
+        say "installing needs root; run this, then try again:  sudo apt-get install ${missing[*]}"
+        exit 1
+    fi
+    say "apt-get install ${missing[*]}"
+    apt-get update >&2 9>&- || say "apt-get update failed; trying with the lists there are"
+    if ! DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${missing[@]}" >&2 9>&-; then
+        say "apt-get cannot install them; install a Rust with the target $target, e.g. https://rustup.rs, and run this again"
+        exit 1
+    fi
+}
+
+build_components() {
+    local tool=$out/.build/host/debug/componentize cargo=cargo guest
+    command -v cargo >/dev/null || cargo=/usr/bin/cargo
+    say "building componentize and the components"
+    (cd "$here/componentize" && "$cargo" build --locked --target-dir "$out/.build/host") >&2 9>&-
+    for guest in "${guests[@]}"; do
+        local world=()
+        [ -f "$here/$guest/$guest.wit" ] && world=("$here/$guest/$guest.wit")
+        "$tool" new "$out/$guest.wasm" "$out/$guest-component.wasm" "${world[@]}" >&2
+    done
+    "$tool" check "$out"/*.wasm >&2
+}
+
+say() {
+    echo "guests: $*" >&2
+}
+
+main
