@@ -15,13 +15,20 @@
 mod bootstrap;
 mod bundle;
 mod cleanup;
+mod connections;
+mod events;
 mod group;
 mod info;
 mod launch;
+mod logging;
+mod metrics;
 mod options;
 mod service;
+mod signals;
 mod socket;
 mod start;
+mod status;
+mod task;
 mod units;
 
 use std::env;
@@ -46,6 +53,7 @@ fn main() -> ExitCode {
     let program = args.next().unwrap_or_default();
     let args: Vec<OsString> = args.collect();
     let outcome = match args.first().and_then(|verb| verb.to_str()) {
+        Some("compile-worker") => return troupe_actors::guest::compile_worker(),
         Some("serve") => launch::ServeParams::inherit(&args[1..]).and_then(service::serve).map(|()| Vec::new()),
         Some(_) => match answer(&program, &args) {
             Ok(Some(reply)) => Ok(reply),

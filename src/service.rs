@@ -1,12 +1,221 @@
-//! Stand-in until the service is written: says that it is ready and waits to be killed.
+//! The daemon: configure, wire, serve, leave.
+//!
+//! ```text
+//! main thread    actix system: ttrpc server, supervisor, containers, events, signals      (control)
+//! guest threads  tokio, one a core: guests, their streams                                 (data)
+//! epoch thread   ticks while a guest runs;  anchor threads: one a container, parked
+//! ```
+//! Control has a thread of its own, so that no guest, whatever it does, delays an answer to containerd. The daemon leaves
+//! when nothing was left for `idle_timeout`, or after SIGTERM when all containers have ended.
 
-use crate::launch::ServeParams;
+use std::collections::HashMap;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
-pub fn serve(params: ServeParams) -> anyhow::Result<()> {
-    let ServeParams { listener, ready, args: _ } = params;
+use actix::{Actor, Addr, System};
+use anyhow::{Context, Result};
+use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::ttrpc::r#async::{Server, Service};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+use troupe_actors::guest::{CompileSettings, Stage};
+use troupe_actors::{Drain, Events, Settings, Supervisor};
+
+use crate::connections::Connections;
+use crate::events::{self, Undelivered};
+use crate::launch::{Ready, ServeArgs, ServeParams};
+use crate::logging::{self, Sinks};
+use crate::metrics;
+use crate::signals::Stop;
+use crate::socket;
+use crate::task::TaskService;
+
+/// `start` handed our address out; containerd has this long to connect before we may think that nobody comes.
+const QUIET: Duration = Duration::from_secs(5);
+/// Exits are worth waiting for when leaving; a containerd that is gone is not.
+const FLUSH: Duration = Duration::from_secs(3);
+const SIGTERM: u32 = 15;
+const SIGKILL: u32 = 9;
+
+/// Runs the daemon to its end.
+///
+/// # Errors
+/// What kept it from starting; `start` has been told as well.
+pub fn serve(params: ServeParams) -> Result<()> {
+    let ServeParams { listener, ready, args } = params;
+    let log = logging::start(args.options.log_level, args.debug);
+    log.attach(&args.bundle);
+    let prepared = troupe_actors::isolate().context("a shim has to run as root").and_then(|()| guests());
+    let guests = match prepared {
+        Ok(guests) => guests,
+        Err(error) => {
+            ready.fail(&error);
+            return Err(error);
+        }
+    };
+    raise_descriptor_limit();
+    let result = System::new().block_on(run(listener, ready, args, log, &guests));
+    // A guest's blocking call (a read from a dead network file system, say) must not keep the process.
+    guests.shutdown_timeout(Duration::from_millis(500));
+    result
+}
+
+async fn run(listener: UnixListener, ready: Ready, args: ServeArgs, log: Sinks, guests: &Runtime) -> Result<()> {
+    let mut daemon = match Daemon::new(listener, &args, log, guests).await {
+        Ok(daemon) => daemon,
+        Err(error) => {
+            ready.fail(&error);
+            return Err(error);
+        }
+    };
     ready.ok();
-    loop {
-        std::thread::park();
-        let _ = &listener;
+    tracing::info!(group = args.group, pid = std::process::id(), "serving");
+    let mut stop = daemon.stop.take().context("signals are taken once")?;
+    let why = tokio::select! {
+        () = daemon.until_idle() => "idle",
+        signal = stop.next() => {
+            daemon.drain(signal, &mut stop).await;
+            signal
+        }
+    };
+    daemon.flush_events().await;
+    drop(daemon.server.shutdown().await);
+    tracing::info!(why, "leaving");
+    Ok(())
+}
+
+struct Daemon {
+    server: Server,
+    supervisor: Addr<Supervisor>,
+    /// Containers, connections, events that containerd has not taken.
+    containers: watch::Receiver<usize>,
+    connections: watch::Receiver<usize>,
+    undelivered: Undelivered,
+    /// A second descriptor of the listener, to look at its queue when leaving.
+    listener: UnixListener,
+    socket: PathBuf,
+    settings: Settings,
+    stop: Option<Stop>,
+}
+
+impl Daemon {
+    async fn new(listener: UnixListener, args: &ServeArgs, log: Sinks, guests: &Runtime) -> Result<Self> {
+        let settings = args.options.settings();
+        let stop = Some(Stop::listen().context("handle signals")?);
+        let stage = Stage::new(compile_settings(&settings), guests.handle().clone())?;
+        let (events, told) = Events::channel();
+        let (pending, undelivered) = watch::channel(0);
+        actix::spawn(events::publish(args.ttrpc_address.clone(), told, pending));
+        let (supervisor, containers) = Supervisor::new(stage, events);
+        let supervisor = supervisor.start();
+        let service = TaskService {
+            supervisor: supervisor.clone(),
+            namespace: args.namespace.clone(),
+            max_module_size: settings.max_module_size,
+            log,
+            cgroup_v2: metrics::host_has_cgroup_v2(),
+        };
+        let open = Connections::new();
+        listener.set_nonblocking(true).context("the listener")?;
+        let ours = listener.try_clone().context("the listener")?;
+        let accepted = open.accept(tokio::net::UnixListener::from_std(listener).context("the listener")?);
+        let mut server = Server::new().add_listener(accepted).register_service(services(&service));
+        server.start().await.context("the ttrpc server")?;
+        let (connections, socket) = (open.count(), args.socket.clone());
+        Ok(Self { server, supervisor, containers, connections, undelivered, listener: ours, socket, settings, stop })
+    }
+
+    /// Returns when there is nothing left, nobody came for a while, and our socket is gone.
+    async fn until_idle(&mut self) {
+        loop {
+            let (containers, connections) = (&mut self.containers, &mut self.connections);
+            // Both senders live as long as the server and the supervisor.
+            drop(containers.wait_for(|count| *count == 0).await);
+            drop(connections.wait_for(|count| *count == 0).await);
+            let came = async {
+                tokio::select! {
+                    _ = containers.changed() => {}
+                    _ = connections.changed() => {}
+                }
+            };
+            let disturbed = tokio::time::timeout(self.settings.idle_timeout, came).await.is_ok();
+            if disturbed || *self.containers.borrow() > 0 || *self.connections.borrow() > 0 {
+                continue;
+            }
+            let quiet = self.settings.idle_timeout.max(QUIET);
+            match socket::retire(&self.listener, &self.socket, quiet) {
+                Ok(true) => return,
+                Ok(false) => tracing::debug!("staying: a container is on its way"),
+                Err(error) => tracing::warn!(%error, "cannot leave yet"),
+            }
+        }
+    }
+
+    /// Ends all containers: politely, then, or at a second signal, at once.
+    async fn drain(&self, signal: &str, stop: &mut Stop) {
+        tracing::info!(signal, containers = *self.containers.borrow(), "stopping");
+        if let Err(error) = socket::abandon(&self.socket) {
+            tracing::warn!(%error, "the socket stays behind");
+        }
+        let timeout = self.settings.drain_timeout;
+        let polite = self.supervisor.send(Drain { signal: SIGTERM, timeout });
+        let drained = tokio::select! {
+            drained = polite => drained,
+            signal = stop.next() => {
+                tracing::warn!(signal, "a second signal: cutting off");
+                self.supervisor.send(Drain { signal: SIGKILL, timeout: Duration::from_secs(1) }).await
+            }
+        };
+        match drained {
+            Ok(drained) => tracing::info!(polite = drained.polite, cut_off = drained.cut_off, "stopped"),
+            Err(error) => tracing::error!(%error, "the supervisor is gone"),
+        }
+    }
+
+    async fn flush_events(&mut self) {
+        let flushed = self.undelivered.wait_for(|count| *count == 0);
+        if tokio::time::timeout(FLUSH, flushed).await.is_err() {
+            tracing::error!(events = *self.undelivered.borrow(), "leaving with events that containerd did not take");
+        }
+    }
+}
+
+/// The same handlers under the names of both versions of the task API.
+fn services(service: &TaskService) -> HashMap<String, Service> {
+    let under = |name: &str| {
+        let made = create_task(Arc::new(service.clone()));
+        made.into_values().map(|service| (name.to_owned(), service)).collect::<Vec<_>>()
+    };
+    ["containerd.task.v2.Task", "containerd.task.v3.Task"].into_iter().flat_map(under).collect()
+}
+
+fn compile_settings(settings: &Settings) -> CompileSettings {
+    CompileSettings {
+        timeout: settings.compile_timeout,
+        memory: settings.compile_memory,
+        max_module_size: settings.max_module_size,
+        ..CompileSettings::new(&settings.cache_dir)
+    }
+}
+
+/// The runtime of the guests. Its driver is asked for news after few polls: a guest that spins takes a whole tick for
+/// each of its own, and others wait for their timers and pipes.
+fn guests() -> Result<Runtime> {
+    Builder::new_multi_thread()
+        .thread_name("guest")
+        .event_interval(4)
+        .enable_all()
+        .build()
+        .context("the guests' runtime")
+}
+
+/// As many descriptors as we may have: every container takes some.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of descriptors stays");
     }
 }

@@ -1,0 +1,197 @@
+//! The bundle of a container: `config.json` read once and reduced to what a wasm container has.
+//!
+//! What the OCI runtime spec (v1.2, config.md and config-linux.md) says and WebAssembly has no notion of (capabilities,
+//! seccomp, rlimits, devices) is left out here, in one place.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+
+use crate::error::{Error, Result};
+
+/// A config.json larger than this is refused; 10,000 arguments of 100 bytes fit four times.
+const MAX_CONFIG: u64 = 4 << 20;
+
+/// The part of a container's spec that matters to us.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    /// Directory of the bundle, as containerd named it.
+    pub path: PathBuf,
+    /// Where the root filesystem is, or is to be mounted (absolute).
+    pub root: PathBuf,
+    /// The spec asks for a read-only root.
+    pub readonly: bool,
+    /// Arguments; the first names the program and is passed to it as `argv[0]`.
+    pub args: Vec<String>,
+    /// Environment, in the order of the spec.
+    pub env: Vec<(String, String)>,
+    /// Working directory, absolute inside the container.
+    pub cwd: PathBuf,
+    /// Hostname for a new UTS namespace.
+    pub hostname: Option<String>,
+    /// Namespaces the spec asks for.
+    pub namespaces: Namespaces,
+    /// Memory limit in bytes; `None` is unlimited.
+    pub memory_limit: Option<u64>,
+}
+
+/// What the spec says of one namespace.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Namespace {
+    /// Not mentioned: the host's.
+    #[default]
+    Host,
+    /// A new one.
+    New,
+    /// The one at this path.
+    Join(PathBuf),
+}
+
+/// The namespaces that a thread of ours can be in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    pub network: Namespace,
+    pub ipc: Namespace,
+    pub uts: Namespace,
+}
+
+impl Bundle {
+    /// Reads `<path>/config.json`. Blocks on the disk: not for an actor's thread.
+    ///
+    /// # Errors
+    /// `Invalid` with the file's path and what is wrong in it.
+    pub fn load(path: &Path) -> Result<Self> {
+        let file = path.join("config.json");
+        let size = std::fs::metadata(&file).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))?.len();
+        if size > MAX_CONFIG {
+            return Err(Error::invalid(format!("{}: {size} bytes, more than the {MAX_CONFIG} accepted", file.display())));
+        }
+        let text = std::fs::read(&file).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))?;
+        let spec: Spec =
+            serde_json::from_slice(&text).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))?;
+        Self::from_spec(path, &spec).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))
+    }
+
+    fn from_spec(path: &Path, spec: &Spec) -> Result<Self> {
+        let process = spec.process().as_ref().ok_or_else(|| Error::invalid("process: missing"))?;
+        let root = spec.root().as_ref().ok_or_else(|| Error::invalid("root: missing"))?;
+        let args = process.args().clone().unwrap_or_default();
+        if args.first().is_none_or(String::is_empty) {
+            return Err(Error::invalid("process.args: empty; the first argument names the wasm file in the image"));
+        }
+        if process.terminal() == Some(true) {
+            return Err(Error::Unsupported(
+                "process.terminal: a terminal is not supported yet; run without -t/--tty".into(),
+            ));
+        }
+        if !process.cwd().is_absolute() {
+            return Err(Error::invalid(format!("process.cwd: {:?} is not absolute", process.cwd())));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            root: path.join(root.path()),
+            readonly: root.readonly().unwrap_or(false),
+            args,
+            env: environment(process)?,
+            cwd: process.cwd().clone(),
+            hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
+            namespaces: namespaces(spec),
+            memory_limit: memory_limit(spec),
+        })
+    }
+}
+
+fn environment(process: &Process) -> Result<Vec<(String, String)>> {
+    let pairs = process.env().iter().flatten();
+    pairs
+        .map(|pair| match pair.split_once('=') {
+            Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+            _ => Err(Error::invalid(format!("process.env: {pair:?} is not of the form NAME=value"))),
+        })
+        .collect()
+}
+
+fn namespaces(spec: &Spec) -> Namespaces {
+    let mut found = Namespaces::default();
+    let listed = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    for namespace in listed.into_iter().flatten() {
+        let slot = match namespace.typ() {
+            LinuxNamespaceType::Network => &mut found.network,
+            LinuxNamespaceType::Ipc => &mut found.ipc,
+            LinuxNamespaceType::Uts => &mut found.uts,
+            // The daemon's own mount namespace holds the mounts; wasm has no processes, users, cgroups or clocks to
+            // separate.
+            LinuxNamespaceType::Mount
+            | LinuxNamespaceType::Pid
+            | LinuxNamespaceType::User
+            | LinuxNamespaceType::Cgroup
+            | LinuxNamespaceType::Time => continue,
+        };
+        *slot = match namespace.path() {
+            Some(path) if !path.as_os_str().is_empty() => Namespace::Join(path.clone()),
+            _ => Namespace::New,
+        };
+    }
+    found
+}
+
+/// `linux.resources.memory.limit`; zero and negative mean "no limit" (config-linux.md, Memory).
+fn memory_limit(spec: &Spec) -> Option<u64> {
+    let memory = spec.linux().as_ref()?.resources().as_ref()?.memory().as_ref()?;
+    memory.limit().and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Result<Bundle> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), json).unwrap();
+        Bundle::load(dir.path())
+    }
+
+    const PROCESS: &str = r#""process":{"user":{"uid":0,"gid":0},"cwd":"/","args":["/a.wasm"]"#;
+
+    #[test]
+    fn a_minimal_spec_is_enough() {
+        let bundle = parse(&format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},{PROCESS}}}}}"#)).unwrap();
+        assert_eq!(bundle.args, ["/a.wasm"]);
+        assert!(bundle.root.ends_with("rootfs"));
+        assert!(!bundle.readonly);
+        assert_eq!(bundle.namespaces, Namespaces::default());
+        assert_eq!(bundle.memory_limit, None);
+    }
+
+    #[test]
+    fn namespaces_and_limits_are_read() {
+        let bundle = parse(&format!(
+            r#"{{"ociVersion":"1.0.2","root":{{"path":"/r","readonly":true}},{PROCESS}}},"linux":{{
+            "namespaces":[{{"type":"network","path":"/n"}},{{"type":"uts"}},{{"type":"pid"}}],
+            "resources":{{"memory":{{"limit":1048576}}}}}}}}"#
+        ))
+        .unwrap();
+        assert_eq!(bundle.namespaces.network, Namespace::Join("/n".into()));
+        assert_eq!(bundle.namespaces.uts, Namespace::New);
+        assert_eq!(bundle.namespaces.ipc, Namespace::Host);
+        assert_eq!(bundle.memory_limit, Some(1 << 20));
+        assert!(bundle.readonly && bundle.root == Path::new("/r"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (json, words) in [
+            ("{", "EOF"),
+            (r#"{"ociVersion":"1.0.2"}"#, "process: missing"),
+            (r#"{"ociVersion":"1.0.2","root":{"path":"r"},"process":{"user":{"uid":0,"gid":0},"cwd":"/"}}"#, "empty"),
+            (
+                r#"{"ociVersion":"1.0.2","root":{"path":"r"},"process":{"user":{"uid":0,"gid":0},"cwd":"/","args":["a"],"env":["X"]}}"#,
+                "NAME=value",
+            ),
+        ] {
+            let error = parse(json).unwrap_err().to_string();
+            assert!(error.contains(words) && error.contains("config.json"), "{error}");
+        }
+        assert!(Bundle::load(Path::new("/nonexistent")).unwrap_err().to_string().contains("/nonexistent/config.json"));
+    }
+}

@@ -1,0 +1,34 @@
+//! Settings of the process, already parsed: units are types, defaults are here and nowhere else.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Everything a user can set about one daemon. The edge fills it from the runtime options.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Folder of compiled code, root-only.
+    pub cache_dir: PathBuf,
+    /// How long one compile may take, by the clock.
+    pub compile_timeout: Duration,
+    /// How much memory one compile may use, in bytes.
+    pub compile_memory: u64,
+    /// Largest wasm file that is read and compiled, in bytes.
+    pub max_module_size: u64,
+    /// How long the daemon stays after its last container.
+    pub idle_timeout: Duration,
+    /// How long containers have to end after SIGTERM to the daemon before they are cut off.
+    pub drain_timeout: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            cache_dir: "/var/cache/troupe".into(),
+            compile_timeout: Duration::from_secs(60),
+            compile_memory: 2 << 30,
+            max_module_size: 256 << 20,
+            idle_timeout: Duration::from_secs(5),
+            drain_timeout: Duration::from_secs(10),
+        }
+    }
+}

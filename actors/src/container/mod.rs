@@ -1,0 +1,236 @@
+//! One container: the only writer of its state.
+//!
+//! The actor is born when everything is prepared and dies with `Delete`. Its guest runs as a task on the guests' runtime;
+//! what it comes to returns as a message. Status goes out through a `watch`: `State` and `Wait` read the [`Handle`] and
+//! never enter a mailbox.
+
+mod messages;
+mod prepare;
+mod program;
+mod state;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, ResponseActFuture, WrapFuture};
+use tokio::sync::watch;
+
+pub use messages::{Delete, Kill, Start};
+pub use prepare::{Blueprint, Prepared, prepare};
+pub use state::{Exit, Phase};
+
+use crate::ContainerId;
+use crate::error::{Error, Result};
+use crate::event::{EventKind, Events};
+use crate::guest::{Budget, CpuTime, Outcome, Run, Stage};
+use crate::stdio::{Keeper, StdioPaths};
+use messages::Ended;
+use prepare::Held;
+use state::{Killed, State};
+
+/// Exit code of a container that was deleted before it ran: as if killed.
+const NEVER_RAN: u32 = 137;
+
+/// What everybody may know of a container, without asking its actor.
+#[derive(Clone)]
+pub struct Handle {
+    pub id: ContainerId,
+    pub bundle: PathBuf,
+    pub stdio: StdioPaths,
+    /// The anchor thread's id.
+    pub pid: u32,
+    phase: watch::Receiver<Phase>,
+    stdin: Option<Keeper>,
+    budget: Arc<Budget>,
+    cpu: Arc<CpuTime>,
+}
+
+/// What a container uses.
+#[derive(Debug, Clone, Copy)]
+pub struct Usage {
+    /// CPU time of its guest.
+    pub cpu: std::time::Duration,
+    /// Memory its guest reserved, in bytes: now, at most, and its limit.
+    pub memory: u64,
+    pub memory_peak: u64,
+    pub memory_limit: Option<u64>,
+    /// Whether it was ended for wanting more.
+    pub out_of_memory: bool,
+}
+
+impl Handle {
+    /// Where the container is.
+    pub fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    /// Waits for the exit; answers at once for an exited container, also for a deleted one.
+    ///
+    /// # Errors
+    /// `Internal` when the container's actor died without an exit.
+    pub async fn wait(&mut self) -> Result<Exit> {
+        let stopped = self.phase.wait_for(|phase| phase.exit().is_some()).await;
+        let exit = stopped.ok().and_then(|phase| phase.exit());
+        exit.ok_or_else(|| Error::Internal(format!("container {} ended without an exit", self.id)))
+    }
+
+    /// Ends the guest's stdin once its client has closed it as well.
+    pub fn close_stdin(&self) {
+        if let Some(stdin) = &self.stdin {
+            stdin.close();
+        }
+    }
+
+    /// What it uses now.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            cpu: self.cpu.total(),
+            memory: self.budget.used(),
+            memory_peak: self.budget.peak(),
+            memory_limit: self.budget.limit(),
+            out_of_memory: self.budget.exceeded(),
+        }
+    }
+}
+
+/// The actor.
+pub struct Container {
+    handle: Handle,
+    state: State,
+    phase: watch::Sender<Phase>,
+    signal: watch::Sender<u8>,
+    /// Taken by the start.
+    run: Option<Run>,
+    held: Option<Held>,
+    stage: Arc<Stage>,
+    events: Events,
+}
+
+impl Container {
+    /// A created container out of what was prepared, and what the world may know of it.
+    pub fn new(id: ContainerId, blueprint: Blueprint, prepared: Prepared, stage: Arc<Stage>, events: Events) -> Self {
+        let Prepared { program, entry, environment, stdio, stdin, budget, cpu, held } = prepared;
+        let state = State::new(id.clone());
+        let (phase, phase_seen) = watch::channel(state.phase());
+        let (signal, signal_seen) = watch::channel(0);
+        let handle = Handle {
+            id,
+            bundle: blueprint.bundle,
+            stdio: blueprint.stdio,
+            pid: held.anchor.tid(),
+            phase: phase_seen,
+            stdin,
+            budget: Arc::clone(&budget),
+            cpu: Arc::clone(&cpu),
+        };
+        let run = Run { program, entry, environment, stdio, budget, cpu, signal: signal_seen };
+        Self { handle, state, phase, signal, run: Some(run), held: Some(held), stage, events }
+    }
+
+    /// What the world may know of it.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    fn stopped(&mut self, code: u32) {
+        let exit = Exit { code, at: SystemTime::now() };
+        if !self.state.exited(exit) {
+            return;
+        }
+        tracing::info!(container = %self.handle.id, code, "exited");
+        self.events.tell_at(&self.handle.id, exit.at, EventKind::Exited { pid: self.handle.pid, code });
+        self.phase.send_replace(self.state.phase());
+    }
+}
+
+impl Actor for Container {
+    type Context = Context<Self>;
+}
+
+impl Handler<Start> for Container {
+    type Result = Result<()>;
+
+    fn handle(&mut self, _: Start, ctx: &mut Context<Self>) -> Result<()> {
+        self.state.start()?;
+        let run = self.run.take().ok_or_else(|| Error::Internal("a container was started without a program".into()))?;
+        self.events.tell(&self.handle.id, EventKind::Started { pid: self.handle.pid });
+        self.phase.send_replace(self.state.phase());
+        tracing::info!(container = %self.handle.id, "started");
+        let stage = Arc::clone(&self.stage);
+        let guest = self.stage.runtime.spawn(async move { run.drive(&stage.ticker).await });
+        // The guest's task has an owner that awaits it: this future, which lives as long as the actor.
+        let ended = async move { guest.await.unwrap_or_else(|error| Outcome::HostFailed(panic_text(error))) };
+        ctx.spawn(ended.into_actor(self).map(|outcome, _, ctx| ctx.notify(Ended(outcome))));
+        Ok(())
+    }
+}
+
+impl Handler<Kill> for Container {
+    type Result = ();
+
+    fn handle(&mut self, kill: Kill, _: &mut Context<Self>) {
+        let result = self.state.kill(kill.signal).map(|killed| match killed {
+            Killed::Nothing => {}
+            Killed::Unstarted(code) => {
+                self.run = None;
+                self.stopped(code);
+            }
+            // The first signal is the one that ends a guest without handlers.
+            Killed::Interrupt(signal) => {
+                self.signal.send_if_modified(|current| *current == 0 && std::mem::replace(current, signal) != signal);
+            }
+        });
+        if let Err(error) = kill.reply.send(result) {
+            tracing::debug!(container = %self.handle.id, ?error, "nobody waits for the answer to a kill");
+        }
+    }
+}
+
+impl Handler<Ended> for Container {
+    type Result = ();
+
+    fn handle(&mut self, Ended(outcome): Ended, _: &mut Context<Self>) {
+        match &outcome {
+            Outcome::OutOfMemory(why) => {
+                tracing::warn!(container = %self.handle.id, why, "out of memory");
+                self.events.tell(&self.handle.id, EventKind::OutOfMemory);
+            }
+            Outcome::HostFailed(why) => tracing::error!(container = %self.handle.id, why, "the host failed a guest"),
+            Outcome::Trapped(why) => {
+                let cause = why.lines().next_back().unwrap_or_default().trim();
+                tracing::warn!(container = %self.handle.id, cause, "trapped");
+            }
+            Outcome::Exited(_) | Outcome::RunFailed | Outcome::Killed(_) => {}
+        }
+        self.stopped(outcome.code());
+    }
+}
+
+impl Handler<Delete> for Container {
+    type Result = ResponseActFuture<Self, Result<Exit>>;
+
+    fn handle(&mut self, _: Delete, _: &mut Context<Self>) -> Self::Result {
+        if let Err(error) = self.state.delete() {
+            return Box::pin(actix::fut::ready(Err(error)));
+        }
+        self.run = None;
+        self.stopped(NEVER_RAN);
+        let held = self.held.take();
+        let release = async move {
+            if let Some(held) = held {
+                held.release().await;
+            }
+        };
+        Box::pin(release.into_actor(self).map(|(), act, ctx| {
+            ctx.stop();
+            act.state.phase().exit().ok_or_else(|| Error::Internal("a container was deleted without an exit".into()))
+        }))
+    }
+}
+
+fn panic_text(error: tokio::task::JoinError) -> String {
+    let Ok(payload) = error.try_into_panic() else { return "its task was cancelled".into() };
+    let text = payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied());
+    format!("a panic in a host function: {}", text.unwrap_or("(no text)"))
+}

@@ -1,0 +1,147 @@
+//! The tick that makes running guests yield.
+//!
+//! An OS thread, never a tokio task: a spinning guest may hold the very worker that drives the timers. It ticks only while
+//! some guest is being polled and is parked otherwise, so that an idle daemon uses no CPU.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use super::engine::Engines;
+use crate::error::{Error, Result};
+
+/// Longest time a guest runs before it lets others run, and hears of its own end.
+pub const TICK: Duration = Duration::from_millis(1);
+
+/// The ticking thread; ends when dropped.
+#[derive(Debug)]
+pub struct Ticker {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Guests being polled right now.
+    running: AtomicUsize,
+    stop: AtomicBool,
+}
+
+impl Ticker {
+    /// Starts the thread, at rest.
+    ///
+    /// # Errors
+    /// When no thread can be had.
+    pub fn start(engines: Engines) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let theirs = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("epoch".into())
+            .stack_size(64 << 10)
+            .spawn(move || theirs.tick(&engines))
+            .map_err(|e| Error::host("start the epoch thread", e))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Wraps a guest's future: while it is polled the epochs tick, and its CPU time is added to `cpu`.
+    pub fn drive<F: Future>(&self, cpu: Arc<CpuTime>, future: F) -> Driven<F> {
+        let thread = self.thread.as_ref().map(|thread| thread.thread().clone());
+        Driven { running: Running { shared: Arc::clone(&self.shared), thread }, cpu, future: Box::pin(future) }
+    }
+}
+
+impl Drop for Ticker {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            if thread.join().is_err() {
+                tracing::error!("the epoch thread panicked");
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn tick(&self, engines: &Engines) {
+        while !self.stop.load(Ordering::Acquire) {
+            if self.running.load(Ordering::Acquire) == 0 {
+                std::thread::park();
+                continue;
+            }
+            std::thread::sleep(TICK);
+            engines.made().iter().for_each(wasmtime::Engine::increment_epoch);
+        }
+    }
+}
+
+/// CPU time used by one container's guests.
+#[derive(Debug, Default)]
+pub struct CpuTime(AtomicU64);
+
+impl CpuTime {
+    /// So far. A guest that is running is counted up to its last yield, a tick ago at most.
+    pub fn total(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+
+    fn add(&self, time: Duration) {
+        self.0.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+}
+
+/// A guest's future under the tick.
+pub struct Driven<F> {
+    running: Running,
+    cpu: Arc<CpuTime>,
+    future: Pin<Box<F>>,
+}
+
+struct Running {
+    shared: Arc<Shared>,
+    thread: Option<std::thread::Thread>,
+}
+
+impl Running {
+    fn enter(&self) -> Left<'_> {
+        if self.shared.running.fetch_add(1, Ordering::AcqRel) == 0
+            && let Some(thread) = &self.thread
+        {
+            thread.unpark();
+        }
+        Left(&self.shared)
+    }
+}
+
+/// Counts the guest out again, also when the poll panics.
+struct Left<'a>(&'a Shared);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl<F: Future> Future for Driven<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let this = &mut *self;
+        let _left = this.running.enter();
+        let before = thread_cpu_time();
+        let poll = this.future.as_mut().poll(cx);
+        this.cpu.add(thread_cpu_time().saturating_sub(before));
+        poll
+    }
+}
+
+fn thread_cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}

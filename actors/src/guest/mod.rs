@@ -1,0 +1,61 @@
+//! The guests: wasm programs, and the only module that names wasmtime.
+//!
+//! ```text
+//!  bytes ─▶ Programs (compile child, cache, map) ─▶ Program ─▶ entry
+//!                                                      │
+//!             Run { environment, stdio, budget } ──────┴─▶ Outcome
+//! ```
+//!
+//! Read in this order: `module` (how bytes become a program), `program` (imports and entry), `store`, `run`, `exit`; then
+//! `engine`, `epoch` and `limits`, which keep guests from harming each other.
+
+mod cache;
+mod compile;
+mod engine;
+mod epoch;
+mod exit;
+mod failure;
+mod inspect;
+mod limits;
+mod module;
+mod program;
+mod run;
+mod store;
+mod worker;
+
+use std::sync::Arc;
+
+pub use engine::{Engines, Kind};
+pub use epoch::{CpuTime, TICK, Ticker};
+pub use exit::Outcome;
+pub use failure::LoadError;
+pub use limits::Budget;
+pub use module::{Code, CompileSettings, Programs};
+pub use program::{Entry, Program};
+pub use run::Run;
+pub use store::Environment;
+pub use worker::compile_worker;
+
+use crate::error::Result;
+
+/// What all guests of the process share.
+pub struct Stage {
+    /// The loaded programs.
+    pub programs: Programs<Program>,
+    /// The tick.
+    pub ticker: Ticker,
+    /// The runtime that polls guests; the control plane has its own thread.
+    pub runtime: tokio::runtime::Handle,
+}
+
+impl Stage {
+    /// The stage of a process whose guests run on `runtime`.
+    ///
+    /// # Errors
+    /// `Host` when the epoch thread cannot be started.
+    pub fn new(compile: CompileSettings, runtime: tokio::runtime::Handle) -> Result<Arc<Self>> {
+        let engines = Engines::new();
+        let ticker = Ticker::start(engines.clone())?;
+        Ok(Arc::new(Self { programs: Programs::new(engines, compile, Program::link), ticker, runtime }))
+    }
+}

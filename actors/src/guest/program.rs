@@ -1,0 +1,149 @@
+//! A loaded program: its imports resolved once, shared by every container that runs it.
+
+use wasmtime::component;
+use wasmtime::{Engine, InstancePre, Linker, Module};
+use wasmtime_wasi::p1;
+use wasmtime_wasi::p2::bindings::CommandPre;
+
+use super::LoadError;
+use super::exit::ProcExit;
+use super::module::Code;
+use super::store::Guest;
+
+/// A program, ready to be instantiated at the price of a memory and a stack.
+pub enum Program {
+    /// A WASI preview-1 module.
+    Module(InstancePre<Guest>),
+    /// A WASI 0.2 component; `command` when it exports `wasi:cli/run`.
+    Component { pre: component::InstancePre<Guest>, command: Option<CommandPre<Guest>> },
+}
+
+/// Where a container enters its program, found and checked when it is created.
+#[derive(Debug, Clone)]
+pub enum Entry {
+    /// This function of a module: no arguments, and no result or an exit code.
+    Export { name: String, returns_code: bool },
+    /// `wasi:cli/run` of a component.
+    Run,
+    /// This function of a component: no arguments, and no result or a `result`.
+    Function { index: component::ComponentExportIndex, returns_result: bool },
+}
+
+impl Program {
+    /// Resolves the imports of `code`: once per program and process, called by `Programs`.
+    ///
+    /// # Errors
+    /// `Unlinkable`, naming the import that nobody provides.
+    pub fn link(engine: &Engine, code: Code) -> Result<Self, LoadError> {
+        match code {
+            Code::Module(module) => Self::link_module(engine, &module),
+            Code::Component(component) => Self::link_component(engine, &component),
+        }
+    }
+
+    /// The entry a container asks for: `export` of `app.wasm#export`, or the usual one.
+    ///
+    /// # Errors
+    /// `Unlinkable`, with the names that would do.
+    pub fn entry(&self, export: Option<&str>) -> Result<Entry, LoadError> {
+        match (self, export) {
+            (Self::Module(pre), name) => module_entry(pre.module(), name.unwrap_or("_start")),
+            (Self::Component { command: Some(_), .. }, None) => Ok(Entry::Run),
+            (Self::Component { pre, .. }, None) => Err(not_a_command(pre)),
+            (Self::Component { pre, .. }, Some(name)) => component_entry(pre, name),
+        }
+    }
+
+    fn link_module(engine: &Engine, module: &Module) -> Result<Self, LoadError> {
+        let mut linker = Linker::new(engine);
+        let linked = p1::add_to_linker_async(&mut linker, |guest: &mut Guest| guest.wasi()).and_then(|()| {
+            linker.allow_shadowing(true);
+            // The stock one refuses codes from 126 on.
+            linker.func_wrap("wasi_snapshot_preview1", "proc_exit", |code: u32| -> wasmtime::Result<()> {
+                Err(ProcExit(code).into())
+            })?;
+            #[cfg(feature = "test-hooks")]
+            linker.func_wrap("troupe_test", "panic", || -> () { panic!("a host function panics, on purpose") })?;
+            Ok(())
+        });
+        linked.map_err(|e| LoadError::internal(format!("WASI cannot be linked: {e:#}")))?;
+        linker.instantiate_pre(module).map(Self::Module).map_err(|e| missing(&e))
+    }
+
+    fn link_component(engine: &Engine, component: &component::Component) -> Result<Self, LoadError> {
+        let mut linker = component::Linker::new(engine);
+        wasmtime_wasi::p2::add_to_linker_async(&mut linker)
+            .map_err(|e| LoadError::internal(format!("WASI cannot be linked: {e:#}")))?;
+        let pre = linker.instantiate_pre(component).map_err(|e| missing(&e))?;
+        let command = CommandPre::new(pre.clone()).ok();
+        Ok(Self::Component { pre, command })
+    }
+}
+
+fn missing(error: &wasmtime::Error) -> LoadError {
+    LoadError::unlinkable(format!("it imports what this runtime does not provide: {error:#}"))
+}
+
+fn module_entry(module: &Module, name: &str) -> Result<Entry, LoadError> {
+    let function = module.get_export(name).and_then(|export| export.func().cloned());
+    let Some(function) = function.filter(|function| function.params().len() == 0) else {
+        let fits = module.exports().filter(|e| e.ty().func().is_some_and(|f| f.params().len() == 0));
+        return Err(no_entry(name, fits.map(|export| export.name().to_owned())));
+    };
+    let results: Vec<_> = function.results().collect();
+    match results.as_slice() {
+        [] => Ok(Entry::Export { name: name.to_owned(), returns_code: false }),
+        [wasmtime::ValType::I32] => Ok(Entry::Export { name: name.to_owned(), returns_code: true }),
+        _ => Err(LoadError::unlinkable(format!(
+            "its function `{name}` returns {} values; an entry point returns nothing or an i32 exit code",
+            results.len()
+        ))),
+    }
+}
+
+fn component_entry(pre: &component::InstancePre<Guest>, name: &str) -> Result<Entry, LoadError> {
+    use component::types::ComponentItem;
+    let exports = || pre.component().component_type();
+    let found = pre.component().get_export(None, name);
+    let Some((ComponentItem::ComponentFunc(function), index)) = found else {
+        let engine = pre.engine();
+        let functions: Vec<String> = exports()
+            .exports(engine)
+            .filter(|(_, item)| matches!(item.ty, ComponentItem::ComponentFunc(_)))
+            .map(|(name, _)| name.to_owned())
+            .collect();
+        return Err(no_entry(name, functions.into_iter()));
+    };
+    let results: Vec<_> = function.results().collect();
+    let returns_result = match results.as_slice() {
+        [] => false,
+        [component::Type::Result(_)] => true,
+        _ => return Err(LoadError::unlinkable(format!("its function `{name}` returns neither nothing nor a result"))),
+    };
+    if function.params().len() > 0 {
+        return Err(LoadError::unlinkable(format!("its function `{name}` takes arguments; an entry point takes none")));
+    }
+    Ok(Entry::Function { index, returns_result })
+}
+
+fn no_entry(name: &str, fits: impl Iterator<Item = String>) -> LoadError {
+    let mut fits: Vec<_> = fits.take(20).collect();
+    fits.sort();
+    let fits = if fits.is_empty() { "it has none".to_owned() } else { format!("it has: {}", fits.join(", ")) };
+    LoadError::unlinkable(format!("it exports no function `{name}` without arguments to start with; {fits}"))
+}
+
+fn not_a_command(pre: &component::InstancePre<Guest>) -> LoadError {
+    let engine = pre.engine();
+    let ty = pre.component().component_type();
+    let names: Vec<String> = ty.exports(engine).map(|(name, _)| name.to_owned()).take(20).collect();
+    if names.iter().any(|name| name.starts_with("wasi:http/")) {
+        return LoadError::unlinkable(
+            "it is a wasi:http server, which this version does not serve yet; it runs components that export wasi:cli/run",
+        );
+    }
+    LoadError::unlinkable(format!(
+        "it exports no wasi:cli/run@0.2 to start with; it exports: {}; name a function as app.wasm#function",
+        if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
+    ))
+}

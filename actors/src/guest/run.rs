@@ -1,0 +1,151 @@
+//! One run of a program, from its start to its outcome.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use wasmtime::component::InstancePre;
+use wasmtime::{AsContextMut, Engine, Store};
+
+use super::epoch::{CpuTime, Ticker};
+use super::exit::{Outcome, RunFailed};
+use super::limits::Budget;
+use super::program::{Entry, Program};
+use super::store::{Environment, Guest, store};
+use crate::stdio::{Stdio, Streams};
+
+/// Everything a run needs.
+pub struct Run {
+    pub program: Arc<Program>,
+    pub entry: Entry,
+    pub environment: Environment,
+    pub stdio: Stdio,
+    pub budget: Arc<Budget>,
+    pub cpu: Arc<CpuTime>,
+    /// The signal that ends the guest; zero while there is none.
+    pub signal: watch::Receiver<u8>,
+}
+
+impl Run {
+    /// Runs the guest to its end. Its store is gone and its output complete when this returns; dropped earlier, both are
+    /// cut off.
+    pub async fn drive(self, ticker: &Ticker) -> Outcome {
+        let Self { program, entry, environment, stdio, budget, cpu, signal } = self;
+        let streams = match stdio.attach() {
+            Ok(streams) => streams,
+            Err(error) => return Outcome::HostFailed(format!("attach the standard streams: {error}")),
+        };
+        let call = ticker.drive(cpu, call(&program, &entry, &environment, &streams, &budget));
+        let outcome = tokio::select! {
+            biased;
+            number = killed(signal.clone()) => Outcome::Killed(number),
+            outcome = call => outcome,
+        };
+        if let Some(note) = outcome.note() {
+            streams.stderr.note(&format!("{}\n", bounded(note)));
+        }
+        // A reader that stalls holds up the end of its own container only, and a signal ends the wait.
+        tokio::select! {
+            biased;
+            () = streams.drain() => {}
+            _ = killed(signal) => {}
+        }
+        outcome
+    }
+}
+
+/// Waits for the signal that ends the guest.
+async fn killed(mut signal: watch::Receiver<u8>) -> u8 {
+    match signal.wait_for(|number| *number != 0).await {
+        Ok(number) => *number,
+        // The owner is gone without a word: the process is being torn down.
+        Err(_) => rustix::process::Signal::KILL.as_raw().unsigned_abs() as u8,
+    }
+}
+
+async fn call(
+    program: &Program,
+    entry: &Entry,
+    environment: &Environment,
+    streams: &Streams,
+    budget: &Arc<Budget>,
+) -> Outcome {
+    let mut store = match store(program.engine(), environment, streams, budget) {
+        Ok(store) => store,
+        Err(error) => return Outcome::HostFailed(error.to_string()),
+    };
+    let result = match (program, entry) {
+        (Program::Module(pre), Entry::Export { name, returns_code }) => {
+            module(&mut store, pre, name, *returns_code).await
+        }
+        (Program::Component { command: Some(pre), .. }, Entry::Run) => command(&mut store, pre).await,
+        (Program::Component { pre, .. }, Entry::Function { index, returns_result }) => {
+            function(&mut store, pre, *index, *returns_result).await
+        }
+        (Program::Module(_) | Program::Component { .. }, _) => {
+            return Outcome::HostFailed("the entry point belongs to another kind of program".into());
+        }
+    };
+    Outcome::of(result)
+}
+
+async fn module(
+    store: &mut Store<Guest>,
+    pre: &wasmtime::InstancePre<Guest>,
+    name: &str,
+    returns_code: bool,
+) -> wasmtime::Result<()> {
+    let instance = pre.instantiate_async(store.as_context_mut()).await?;
+    // A reactor is initialised before any other export of it is called (WASI application ABI).
+    if name != "_start"
+        && let Some(initialize) = instance.get_func(store.as_context_mut(), "_initialize")
+    {
+        initialize.typed::<(), ()>(store.as_context_mut())?.call_async(store.as_context_mut(), ()).await?;
+    }
+    if !returns_code {
+        let entry = instance.get_typed_func::<(), ()>(store.as_context_mut(), name)?;
+        return entry.call_async(store, ()).await;
+    }
+    let entry = instance.get_typed_func::<(), u32>(store.as_context_mut(), name)?;
+    match entry.call_async(store, ()).await? {
+        0 => Ok(()),
+        code => Err(super::exit::ProcExit(code).into()),
+    }
+}
+
+async fn command(
+    store: &mut Store<Guest>,
+    pre: &wasmtime_wasi::p2::bindings::CommandPre<Guest>,
+) -> wasmtime::Result<()> {
+    let command = pre.instantiate_async(store.as_context_mut()).await?;
+    command.wasi_cli_run().call_run(store).await?.map_err(|()| RunFailed.into())
+}
+
+async fn function(
+    store: &mut Store<Guest>,
+    pre: &InstancePre<Guest>,
+    index: wasmtime::component::ComponentExportIndex,
+    returns_result: bool,
+) -> wasmtime::Result<()> {
+    let instance = pre.instantiate_async(store.as_context_mut()).await?;
+    if returns_result {
+        let entry = instance.get_typed_func::<(), (Result<(), ()>,)>(store.as_context_mut(), index)?;
+        let (result,) = entry.call_async(store, ()).await?;
+        return result.map_err(|()| RunFailed.into());
+    }
+    instance.get_typed_func::<(), ()>(store.as_context_mut(), index)?.call_async(store, ()).await
+}
+
+impl Program {
+    fn engine(&self) -> &Engine {
+        match self {
+            Self::Module(pre) => pre.module().engine(),
+            Self::Component { pre, .. } => pre.engine(),
+        }
+    }
+}
+
+/// Notes go to the container's log: a few kilobytes of a backtrace help, a megabyte does not.
+fn bounded(note: &str) -> &str {
+    let end = note.len().min(4096);
+    &note[..(0..=end).rev().find(|end| note.is_char_boundary(*end)).unwrap_or(0)]
+}

@@ -1,0 +1,81 @@
+//! One guest's store: its WASI context, its share of the memory budget, its place under the tick.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use wasmtime::{Engine, Store, UpdateDeadline};
+use wasmtime_wasi::p1::WasiP1Ctx;
+use wasmtime_wasi::{FsPerms, WasiCtxBuilder, WasiCtxView, WasiView};
+
+use super::limits::{Budget, Meter};
+use crate::error::{Error, Result};
+use crate::stdio::{Reader, Streams, Writer};
+
+/// Most WASI resources (open files, streams, pollables) a guest may hold: descriptors are the whole process's, and one
+/// guest must not take them all.
+const MAX_RESOURCES: usize = 4096;
+
+/// What a guest is started with.
+#[derive(Debug, Clone, Default)]
+pub struct Environment {
+    /// Arguments, `argv[0]` first.
+    pub args: Vec<String>,
+    /// The container's environment; never the shim's own.
+    pub env: Vec<(String, String)>,
+    /// Working directory; only components have one, a preview-1 module starts in `/`.
+    pub cwd: String,
+    /// The root filesystem, seen as `/`.
+    pub root: Option<PathBuf>,
+    /// Whether `/` may only be read.
+    pub readonly: bool,
+}
+
+/// The data of a store.
+pub struct Guest {
+    /// Serves modules (preview 1) and components (0.2) alike.
+    wasi: WasiP1Ctx,
+    meter: Meter,
+}
+
+impl Guest {
+    pub(super) fn wasi(&mut self) -> &mut WasiP1Ctx {
+        &mut self.wasi
+    }
+}
+
+impl WasiView for Guest {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        self.wasi.ctx()
+    }
+}
+
+/// A store in which one instance can be made.
+///
+/// # Errors
+/// `Host` when the root filesystem cannot be opened.
+pub fn store(engine: &Engine, env: &Environment, streams: &Streams, budget: &Arc<Budget>) -> Result<Store<Guest>> {
+    let mut guest = Guest { wasi: wasi(env, streams)?, meter: Meter::new(Arc::clone(budget)) };
+    guest.ctx().table.set_max_capacity(MAX_RESOURCES);
+    let mut store = Store::new(engine, guest);
+    store.limiter(|guest| &mut guest.meter);
+    store.set_epoch_deadline(1);
+    // Whoever drives the guest decides about its end; the tick only makes it come up for air.
+    store.epoch_deadline_callback(|_| Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now()))));
+    Ok(store)
+}
+
+fn wasi(env: &Environment, streams: &Streams) -> Result<WasiP1Ctx> {
+    let mut builder = WasiCtxBuilder::new();
+    builder.args(&env.args).envs(&env.env).initial_cwd(&env.cwd);
+    if let Some(stdin) = &streams.stdin {
+        builder.stdin(Reader(Arc::clone(stdin)));
+    }
+    builder.stdout(Writer(Arc::clone(&streams.stdout))).stderr(Writer(Arc::clone(&streams.stderr)));
+    if let Some(root) = &env.root {
+        let permissions = if env.readonly { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
+        builder
+            .preopened_dir(root, "/", permissions)
+            .map_err(|e| Error::host(format!("open {}", root.display()), std::io::Error::other(e)))?;
+    }
+    Ok(builder.build_p1())
+}

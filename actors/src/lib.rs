@@ -1,0 +1,37 @@
+//! Troupe's actors: everything behind the shim API. Knows neither ttrpc nor protobuf.
+//!
+//! ```text
+//!   the edge (src/)                                 told in order
+//!      │ Create Start Kill Delete …                      ▲
+//!      ▼                                                 │ Event
+//!   Supervisor ── owns ──▶ Container (one each) ─────────┘
+//!   the table               one state machine
+//!                             │ prepares            │ runs
+//!                             ▼                     ▼
+//!              Bundle, RootFs, Anchor, Stdio    guest::Run on the guests' runtime
+//! ```
+//!
+//! Reading order: `supervisor` (the verbs), `container` (one life), `pod` (namespaces), `guest` (wasm); the leaves
+//! `bundle`, `mounts`, `stdio`, `event`, `error`, `config` as they come up. A module names only what stands after it in
+//! that list.
+
+mod bundle;
+mod config;
+mod container;
+mod error;
+mod event;
+pub mod guest;
+mod id;
+mod mounts;
+mod pod;
+mod stdio;
+mod supervisor;
+
+pub use config::Settings;
+pub use container::{Blueprint, Exit, Handle, Phase, Usage};
+pub use error::{Error, Result};
+pub use event::{Event, EventKind, Events};
+pub use id::ContainerId;
+pub use mounts::{Mount, isolate};
+pub use stdio::StdioPaths;
+pub use supervisor::{Create, Delete, Drain, Drained, Find, Kill, List, Start, Supervisor};

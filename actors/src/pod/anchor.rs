@@ -1,0 +1,129 @@
+//! The anchor: one parked OS thread that has entered a pod's namespaces. Its thread id is the task's pid.
+//!
+//! `/proc/<tid>/ns/net` is the pod's network to containerd, to CNI, to `nsenter` and to native sidecars. The thread runs
+//! nothing: it is a name for namespaces, and it ends when its [`Anchor`] is dropped. Only the container's preparation
+//! makes one.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, gettid, move_into_link_name_space, unshare_unsafe};
+
+use crate::bundle::{Namespace, Namespaces};
+use crate::error::{Error, Result};
+
+/// Enough for a thread that parks; the kernel asks for 16 KiB at least, and only touched pages count.
+const STACK: usize = 64 << 10;
+
+/// A parked thread inside the namespaces of a pod.
+#[derive(Debug)]
+pub struct Anchor {
+    tid: u32,
+    /// Closed to end the thread.
+    release: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Anchor {
+    /// Starts the thread and waits until it is inside: some hundred microseconds for a new network namespace. Blocks:
+    /// not for an actor's thread.
+    ///
+    /// # Errors
+    /// `Host` with the namespace that could not be entered or made; no thread is left.
+    pub fn start(namespaces: &Namespaces, hostname: Option<&str>) -> Result<Self> {
+        let (namespaces, hostname) = (namespaces.clone(), hostname.map(str::to_owned));
+        let (ready, entered) = mpsc::sync_channel(1);
+        let (release, released) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("anchor".into())
+            .stack_size(STACK)
+            .spawn(move || {
+                let result = enter(&namespaces, hostname.as_deref());
+                let inside = result.is_ok();
+                let tid = gettid().as_raw_nonzero().get().unsigned_abs();
+                // Nobody listens only if the creator is gone, and then `released` is closed as well.
+                if ready.send(result.map(|()| tid)).is_ok() && inside {
+                    // Parked until the sender is dropped.
+                    let _closed = released.recv();
+                }
+            })
+            .map_err(|e| Error::host("start the pod's anchor thread", e))?;
+        match entered.recv() {
+            Ok(Ok(tid)) => Ok(Self { tid, release: Some(release), thread: Some(thread) }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::Internal("the pod's anchor thread died".into())),
+        }
+    }
+
+    /// The thread's id: the pid that containerd is told.
+    pub fn tid(&self) -> u32 {
+        self.tid
+    }
+}
+
+impl Drop for Anchor {
+    /// Ends the thread and waits for it, so that "deleted" means gone; it only has to wake up. Blocks shortly: drop it
+    /// on a blocking thread.
+    fn drop(&mut self) {
+        drop(self.release.take());
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!(tid = self.tid, "an anchor thread panicked");
+        }
+    }
+}
+
+fn enter(namespaces: &Namespaces, hostname: Option<&str>) -> Result<()> {
+    use LinkNameSpaceType as Type;
+    let mut fresh = UnshareFlags::empty();
+    for (name, namespace, kind, flag) in [
+        ("network", &namespaces.network, Type::Network, UnshareFlags::NEWNET),
+        ("ipc", &namespaces.ipc, Type::InterProcessCommunication, UnshareFlags::NEWIPC),
+        ("uts", &namespaces.uts, Type::HostNameAndNISDomainName, UnshareFlags::NEWUTS),
+    ] {
+        match namespace {
+            Namespace::Host => {}
+            Namespace::New => fresh |= flag,
+            Namespace::Join(path) => join(name, path, kind)?,
+        }
+    }
+    if !fresh.is_empty() {
+        // SAFETY: the flags name namespaces only (never `CLONE_FILES`, `CLONE_FS` or `CLONE_VM`), so no memory or
+        // descriptor table changes for this or any other thread; a thread may unshare these three for itself.
+        unsafe { unshare_unsafe(fresh) }.map_err(|e| Error::host(format!("make new namespaces ({fresh:?})"), e))?;
+    }
+    // A hostname is set in a namespace of our own only, never on the host.
+    match hostname {
+        Some(name) if namespaces.uts == Namespace::New => rustix::system::sethostname(name.as_bytes())
+            .map_err(|e| Error::host(format!("set the hostname to {name:?}"), e)),
+        _ => Ok(()),
+    }
+}
+
+fn join(name: &str, path: &Path, kind: LinkNameSpaceType) -> Result<()> {
+    let what = || format!("enter the {name} namespace {}", path.display());
+    let fd = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|e| Error::host(what(), e))?;
+    move_into_link_name_space(rustix::fd::AsFd::as_fd(&fd), Some(kind)).map_err(|e| Error::host(what(), e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_anchor_on_the_host_has_a_tid_and_ends_with_its_owner() {
+        let anchor = Anchor::start(&Namespaces::default(), None).unwrap();
+        let task = format!("/proc/self/task/{}", anchor.tid());
+        assert!(Path::new(&task).exists());
+        drop(anchor);
+        assert!(!Path::new(&task).exists());
+    }
+
+    #[test]
+    fn a_missing_namespace_is_named() {
+        let namespaces = Namespaces { network: Namespace::Join("/nonexistent/ns".into()), ..Default::default() };
+        let error = Anchor::start(&namespaces, None).unwrap_err().to_string();
+        assert!(error.contains("network namespace /nonexistent/ns"), "{error}");
+    }
+}

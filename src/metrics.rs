@@ -1,0 +1,90 @@
+//! What a container uses, in the message of the host's cgroup version: the only two that containerd's clients read.
+
+use std::path::Path;
+
+use containerd_shim::util::convert_to_any;
+use containerd_shim_protos::cgroups::metrics as v1;
+use containerd_shim_protos::cgroups_v2::metrics as v2;
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use troupe_actors::Usage;
+
+/// The host's version: CRI and kubelet expect the one they would find in its cgroups.
+pub fn host_has_cgroup_v2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+/// `usage` as `io.containerd.cgroups.v1.Metrics` or `v2.Metrics`.
+///
+/// # Errors
+/// When the message cannot be encoded.
+pub fn encode(usage: &Usage, cgroup_v2: bool) -> containerd_shim::Result<Any> {
+    if cgroup_v2 { convert_to_any(Box::new(to_v2(usage))) } else { convert_to_any(Box::new(to_v1(usage))) }
+}
+
+fn to_v1(usage: &Usage) -> v1::Metrics {
+    let nanos = u64::try_from(usage.cpu.as_nanos()).unwrap_or(u64::MAX);
+    let cpu = v1::CPUUsage { total: nanos, user: nanos, ..Default::default() };
+    let memory = v1::MemoryEntry {
+        usage: usage.memory,
+        max: usage.memory_peak,
+        limit: usage.memory_limit.unwrap_or(u64::MAX),
+        failcnt: usage.out_of_memory.into(),
+        ..Default::default()
+    };
+    let stat = v1::MemoryStat {
+        rss: usage.memory,
+        total_rss: usage.memory,
+        active_anon: usage.memory,
+        hierarchical_memory_limit: usage.memory_limit.unwrap_or(u64::MAX),
+        usage: MessageField::some(memory),
+        ..Default::default()
+    };
+    v1::Metrics {
+        cpu: MessageField::some(v1::CPUStat { usage: MessageField::some(cpu), ..Default::default() }),
+        memory: MessageField::some(stat),
+        ..Default::default()
+    }
+}
+
+fn to_v2(usage: &Usage) -> v2::Metrics {
+    let micros = u64::try_from(usage.cpu.as_micros()).unwrap_or(u64::MAX);
+    let killed = usage.out_of_memory.into();
+    v2::Metrics {
+        cpu: MessageField::some(v2::CPUStat { usage_usec: micros, user_usec: micros, ..Default::default() }),
+        memory: MessageField::some(v2::MemoryStat {
+            anon: usage.memory,
+            active_anon: usage.memory,
+            usage: usage.memory,
+            max_usage: usage.memory_peak,
+            usage_limit: usage.memory_limit.unwrap_or(u64::MAX),
+            ..Default::default()
+        }),
+        memory_events: MessageField::some(v2::MemoryEvents { oom: killed, oom_kill: killed, ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn both_messages_carry_the_names_containerd_knows() {
+        let usage = Usage {
+            cpu: Duration::from_micros(1500),
+            memory: 4096,
+            memory_peak: 8192,
+            memory_limit: Some(1 << 20),
+            out_of_memory: true,
+        };
+        assert_eq!(encode(&usage, false).unwrap().type_url, "io.containerd.cgroups.v1.Metrics");
+        assert_eq!(encode(&usage, true).unwrap().type_url, "io.containerd.cgroups.v2.Metrics");
+        assert_eq!(to_v1(&usage).cpu.usage.total, 1_500_000);
+        assert_eq!(to_v2(&usage).cpu.usage_usec, 1500);
+        assert_eq!(to_v2(&usage).memory_events.oom_kill, 1);
+        assert_eq!(to_v1(&usage).memory.usage.limit, 1 << 20);
+    }
+}
