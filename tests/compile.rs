@@ -1,0 +1,284 @@
+//! Compiling as the daemon does it: the real binary as the worker, the library's public side, a cache of its own.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use troupe_actors::guest::{Code, CompileSettings, Engines, LoadError, Programs};
+
+const WORKER: &str = env!("CARGO_BIN_EXE_containerd-shim-wasmtime-v1");
+
+struct Fixture {
+    folder: tempfile::TempDir,
+    settings: CompileSettings,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = CompileSettings::new(folder.path().join("cache"));
+        settings.worker = WORKER.into();
+        Self { folder, settings }
+    }
+
+    /// A worker of our own: this shell script, with the real one in `$REAL`.
+    fn scripted(script: &str) -> Self {
+        let mut fixture = Self::new();
+        let path = fixture.folder.path().join("worker");
+        std::fs::write(
+            &path,
+            format!("#!/bin/sh\nREAL={WORKER}\nHERE={}\n{script}\n", fixture.folder.path().display()),
+        )
+        .unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        fixture.settings.worker = path;
+        fixture
+    }
+
+    /// As if in a process of its own: nothing is shared but the folder.
+    fn programs(&self) -> Programs<Code> {
+        Programs::new(Engines::new(), self.settings.clone(), |_, code| Ok(code))
+    }
+
+    fn entries(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(&self.settings.cache_dir).into_iter().flatten();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// How often the scripted worker ran: it appends to this file.
+    fn runs(&self) -> usize {
+        std::fs::read_to_string(self.folder.path().join("runs")).unwrap_or_default().lines().count()
+    }
+}
+
+const COUNTED: &str = "echo run >> $HERE/runs; exec $REAL \"$@\"";
+
+fn module(number: usize) -> Vec<u8> {
+    wat::parse_str(format!("(module (func (export \"_start\") (drop (i32.const {number}))))")).unwrap()
+}
+
+/// Small to read, long to compile: many copies of one function. About 20 s of one core in a plain build.
+fn slow() -> Vec<u8> {
+    let work = "(local.set 0 (i32.xor (i32.add (local.get 0) (local.get 0)) (i32.const 7)))".repeat(400);
+    let function = format!("(func (param i32) (result i32) {work} (local.get 0))");
+    wat::parse_str(format!("(module {})", function.repeat(3000))).unwrap()
+}
+
+async fn refusal(programs: &Programs<Code>, wasm: impl Into<Vec<u8>>) -> LoadError {
+    programs.load("/app.wasm", wasm.into()).await.err().expect("it should be refused")
+}
+
+/// Children of this test process.
+fn children() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists.flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).collect()
+}
+
+/// How many of them are workers that live.
+fn workers() -> usize {
+    let worker = |pid: &&String| {
+        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.ends_with(b"compile-worker\0"))
+    };
+    children().iter().filter(worker).count()
+}
+
+/// `/proc/PID/status` of a worker that has given up its privileges.
+fn worker_status() -> Option<String> {
+    let root = rustix::process::geteuid().is_root();
+    let statuses = children().into_iter().filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).ok());
+    statuses.into_iter().find(|status| status.contains("NoNewPrivs:\t1") && !(root && status.contains("Uid:\t0\t")))
+}
+
+#[tokio::test]
+async fn a_second_process_maps_what_the_first_compiled() {
+    let fixture = Fixture::scripted(COUNTED);
+    let component = wat::parse_str("(component (core module (func)))").unwrap();
+    for _ in 0..2 {
+        let programs = fixture.programs();
+        assert!(matches!(*programs.load("/m.wasm", module(1)).await.unwrap(), Code::Module(_)));
+        assert!(matches!(*programs.load("/c.wasm", component.clone()).await.unwrap(), Code::Component(_)));
+        programs.close().await;
+    }
+    assert_eq!(fixture.runs(), 2);
+    assert_eq!(fixture.entries().len(), 2);
+}
+
+#[tokio::test]
+async fn however_many_ask_at_once_it_is_compiled_once_and_shared() {
+    let fixture = Fixture::scripted(COUNTED);
+    let programs = Arc::new(fixture.programs());
+    let asking: Vec<_> = (0..20)
+        .map(|number| {
+            let programs = programs.clone();
+            tokio::spawn(async move { programs.load("/app.wasm", module(number % 5)).await.unwrap() })
+        })
+        .collect();
+    let mut loaded = Vec::new();
+    for task in asking {
+        loaded.push(task.await.unwrap());
+    }
+    assert!(loaded.iter().enumerate().all(|(number, program)| Arc::ptr_eq(program, &loaded[number % 5])));
+    assert_eq!(fixture.runs(), 5);
+    drop(loaded);
+    programs.load("/app.wasm", module(0)).await.unwrap();
+    assert_eq!(fixture.runs(), 5, "a program nobody holds comes from the cache");
+}
+
+#[tokio::test]
+async fn damaged_entries_are_compiled_again() {
+    let fixture = Fixture::scripted(COUNTED);
+    type Damage = fn(&Path);
+    let damages: [Damage; 4] = [
+        |path| std::fs::write(path, b"").unwrap(),
+        |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap(),
+        |path| {
+            let mut bytes = std::fs::read(path).unwrap();
+            bytes[2000] ^= 1;
+            std::fs::write(path, bytes).unwrap();
+        },
+        |path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o000)).unwrap(),
+    ];
+    fixture.programs().load("/app.wasm", module(1)).await.unwrap();
+    for (number, damage) in damages.into_iter().enumerate() {
+        let [entry] = &fixture.entries()[..] else { panic!("one entry expected") };
+        damage(entry);
+        fixture.programs().load("/app.wasm", module(1)).await.unwrap();
+        // Root reads a file without permissions as well.
+        assert_eq!(fixture.runs(), 2 + number.min(2), "damage {number}");
+        fixture.programs().load("/app.wasm", module(1)).await.unwrap();
+        assert_eq!(fixture.runs(), 2 + number.min(2), "after damage {number}");
+    }
+}
+
+#[tokio::test]
+async fn a_truncated_or_garbled_module_says_where_it_breaks() {
+    let fixture = Fixture::new();
+    let programs = fixture.programs();
+    let whole = module(1);
+    let error = refusal(&programs, &whole[..whole.len() - 3]).await;
+    assert!(matches!(error, LoadError::Invalid { .. }) && error.to_string().contains("offset"), "{error}");
+    let error = refusal(&programs, [&whole[..8], &[0xff; 40]].concat()).await;
+    assert!(matches!(error, LoadError::Invalid { .. }) && error.to_string().starts_with("/app.wasm: "), "{error}");
+    assert!(fixture.entries().is_empty());
+}
+
+#[tokio::test]
+async fn too_slow_names_the_setting_and_ends_the_worker() {
+    let mut fixture = Fixture::new();
+    fixture.settings.timeout = Duration::from_millis(300);
+    let programs = fixture.programs();
+    let start = Instant::now();
+    let error = refusal(&programs, slow()).await;
+    assert!(
+        matches!(error, LoadError::TooExpensive { .. }) && error.to_string().contains("compile_timeout"),
+        "{error}"
+    );
+    assert!(start.elapsed() < Duration::from_secs(3), "it took {:?}", start.elapsed());
+    programs.load("/app.wasm", module(1)).await.unwrap();
+    assert_eq!(fixture.entries().len(), 1);
+}
+
+#[tokio::test]
+async fn too_much_memory_names_the_setting() {
+    let mut fixture = Fixture::new();
+    fixture.settings.memory = 24 << 20;
+    let programs = fixture.programs();
+    let error = refusal(&programs, slow()).await;
+    assert!(matches!(error, LoadError::TooExpensive { .. }) && error.to_string().contains("compile_memory"), "{error}");
+    programs.load("/app.wasm", module(1)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_is_the_error_of_one() {
+    let fixture = Fixture::scripted("grep -q die /proc/self/fd/0 && kill -9 $$; exec $REAL \"$@\"");
+    let programs = fixture.programs();
+    let dying = wat::parse_str("(module (func (export \"die\")))").unwrap();
+    let (dead, living) = tokio::join!(programs.load("/dead.wasm", dying), programs.load("/app.wasm", module(1)));
+    let error = dead.err().unwrap();
+    assert!(matches!(error, LoadError::Internal { .. }) && error.to_string().contains("signal 9"), "{error}");
+    living.unwrap();
+    assert_eq!(fixture.entries().len(), 1);
+}
+
+#[tokio::test]
+async fn a_worker_that_floods_its_error_pipe_is_cut_short_not_waited_for() {
+    let fixture = Fixture::scripted("yes 'no good' | head -c 1000000 >&2; exit 3");
+    let error = refusal(&fixture.programs(), module(1)).await;
+    assert!(error.to_string().contains("exit status: 3: no good"), "{error}");
+    assert!(error.to_string().len() < 5000);
+}
+
+#[tokio::test]
+async fn a_caller_who_leaves_stops_nothing_and_the_end_stops_all() {
+    let fixture = Fixture::scripted("sleep 0.2; exec $REAL \"$@\"");
+    let programs = fixture.programs();
+    let left = tokio::time::timeout(Duration::from_millis(50), programs.load("/app.wasm", module(1))).await;
+    drop(left);
+    programs.load("/app.wasm", module(1)).await.unwrap();
+
+    let left = tokio::time::timeout(Duration::from_millis(500), programs.load("/slow.wasm", slow())).await;
+    assert!(left.is_err(), "the slow module should not be ready");
+    let start = Instant::now();
+    programs.close().await;
+    assert!(start.elapsed() < Duration::from_secs(2), "closing took {:?}", start.elapsed());
+    assert!(refusal(&programs, module(2)).await.to_string().contains("shutting down"));
+}
+
+#[tokio::test]
+async fn without_a_usable_folder_programs_run_from_memory() {
+    let mut fixture = Fixture::new();
+    fixture.settings.cache_dir = "/proc/none/cache".into();
+    fixture.programs().load("/app.wasm", module(1)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_folder_open_to_others_is_refused() {
+    let fixture = Fixture::new();
+    std::fs::create_dir(&fixture.settings.cache_dir).unwrap();
+    std::fs::set_permissions(&fixture.settings.cache_dir, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let error = refusal(&fixture.programs(), module(1)).await;
+    assert!(matches!(error, LoadError::UnsafeCache { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn the_worker_holds_nothing_of_the_host() {
+    let fixture = Fixture::new();
+    let programs = Arc::new(fixture.programs());
+    let loading = tokio::spawn({
+        let programs = programs.clone();
+        async move { programs.load("/slow.wasm", slow()).await.map(drop) }
+    });
+    let status = loop {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        assert!(!loading.is_finished(), "the worker was not seen");
+        if let Some(status) = worker_status() {
+            break status;
+        }
+    };
+    let line = |name: &str| status.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+    assert_eq!(line("NoNewPrivs:"), "NoNewPrivs:\t1");
+    if rustix::process::geteuid().is_root() {
+        assert_eq!(line("Uid:"), "Uid:\t65534\t65534\t65534\t65534");
+        assert_eq!(line("CapEff:"), "CapEff:\t0000000000000000");
+        assert_eq!(line("Groups:").trim_end(), "Groups:");
+    }
+    programs.close().await;
+    assert!(loading.await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn no_worker_outlives_its_programs() {
+    let fixture = Fixture::new();
+    let programs = fixture.programs();
+    let left = tokio::time::timeout(Duration::from_millis(400), programs.load("/slow.wasm", slow())).await;
+    assert!(left.is_err());
+    programs.close().await;
+    // Other tests of this process have workers of their own; they come and go.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while workers() > 0 {
+        assert!(Instant::now() < deadline, "{} workers are left", workers());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
