@@ -1,0 +1,18 @@
+#!/bin/sh
+# Cleans up after a run of the tests whose process died without doing it. Standard input is a pipe whose other end only
+# the test process holds: its end means that the process is gone. $1 is the base folder of that run; whatever was
+# started there runs a program from it or is named on its command line, so nothing else is touched.
+base=$1
+trap '' INT TERM HUP
+cat >/dev/null
+[ -d "$base" ] || exit 0
+for process in /proc/[0-9]*; do
+  pid=${process#/proc/}
+  [ "$pid" != $$ ] || continue
+  case "$(readlink "$process/exe" 2>/dev/null) $(tr '\0' ' ' <"$process/cmdline" 2>/dev/null)" in
+    *"$base/"*) kill -9 "$pid" 2>/dev/null ;;
+  esac
+done
+sleep 0.3
+cut -d' ' -f2 /proc/self/mounts | grep "^$base/" | sort -r | while read -r mount; do umount -l "$mount"; done
+rm -rf "$base"

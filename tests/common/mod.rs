@@ -1,0 +1,27 @@
+//! What the cases stand on.
+//!
+//! ```text
+//! suite ── containerd (private, one a version) ── ctr (one namespace of it) ── image, guests
+//!       └─ shim (the bare binary: bundles, ttrpc, recorded events)
+//!                          both ── job (a child process, its output), wait (deadlines), proc (what /proc says)
+//! ```
+//! Invariant: everything awaited has a deadline and a name that the failure shows; everything started is ended, by this
+//! process or, should it be killed, by its guard.
+
+pub mod base;
+pub mod containerd;
+pub mod ctr;
+pub mod events;
+pub mod guests;
+pub mod image;
+pub mod job;
+pub mod proc;
+pub mod recorder;
+pub mod shim;
+pub mod wait;
+
+/// How a case ends.
+pub type Outcome = anyhow::Result<()>;
+
+/// Long enough for anything that is to happen at once, on a machine of two slow cores that also compiles.
+pub const SOON: std::time::Duration = std::time::Duration::from_secs(20);

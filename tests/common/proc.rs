@@ -1,0 +1,125 @@
+//! What `/proc` says about processes: whose they are, what they hold, what they cost.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// What a process holds. Taken before and after a load, equal means that nothing leaked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holdings {
+    pub threads: usize,
+    pub descriptors: usize,
+    pub mounts: usize,
+}
+
+/// Every process whose program lies below `folder` or whose command line names something below it, except this one.
+pub fn running_below(folder: &Path) -> Vec<u32> {
+    let needle = format!("{}/", folder.display());
+    let own = std::process::id();
+    pids().into_iter().filter(|pid| *pid != own && belongs(*pid, &needle)).collect()
+}
+
+/// Every process whose program is `binary` (a path below the base) and whose command line contains `word`.
+pub fn running(folder: &Path, word: &str) -> Vec<u32> {
+    let is_ours = |pid: &u32| exe(*pid).is_some_and(|exe| exe.starts_with(folder));
+    pids().into_iter().filter(is_ours).filter(|pid| cmdline(*pid).split(' ').any(|part| part == word)).collect()
+}
+
+pub fn pids() -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn belongs(pid: u32, needle: &str) -> bool {
+    let by_program = exe(pid).is_some_and(|exe| exe.to_string_lossy().starts_with(needle));
+    // The guard has the folder itself, without what lies below it, on its command line.
+    by_program || cmdline(pid).contains(needle)
+}
+
+/// `None` for a process that is gone, a zombie or the kernel's.
+pub fn exe(pid: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe")).ok()
+}
+
+/// The arguments, joined by blanks; empty for a zombie.
+pub fn cmdline(pid: u32) -> String {
+    let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&raw).trim_end_matches('\0').replace('\0', " ")
+}
+
+/// Whether the process exists and has not yet exited.
+pub fn is_running(pid: u32) -> bool {
+    exe(pid).is_some()
+}
+
+/// Mount points below `folder` in this process's (the host's) mount namespace.
+pub fn mounts_below(folder: &Path) -> Result<Vec<String>> {
+    Ok(mounts("self")?.into_iter().filter(|mount| Path::new(mount).starts_with(folder)).collect())
+}
+
+/// The mount points a process sees.
+pub fn mounts(pid: &str) -> Result<Vec<String>> {
+    let table = read(&format!("/proc/{pid}/mountinfo"))?;
+    Ok(table.lines().filter_map(|line| line.split(' ').nth(4)).map(str::to_owned).collect())
+}
+
+pub fn holdings(pid: u32) -> Result<Holdings> {
+    let count = |what: &str| -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{pid}/{what}")).with_context(|| format!("process {pid} is gone"))?.count())
+    };
+    Ok(Holdings { threads: count("task")?, descriptors: count("fd")?, mounts: mounts(&pid.to_string())?.len() })
+}
+
+/// Proportional set size in KiB: shared pages counted by share.
+pub fn pss_kib(pid: u32) -> Result<u64> {
+    let rollup = read(&format!("/proc/{pid}/smaps_rollup"))?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("smaps_rollup has no Pss")?;
+    line.trim().trim_end_matches("kB").trim().parse().context("Pss is no number")
+}
+
+/// Clock ticks (10 ms) of CPU the process used so far.
+pub fn cpu_ticks(pid: u32) -> Result<u64> {
+    let stat = read(&format!("/proc/{pid}/stat"))?;
+    // The name in brackets may hold blanks; what follows it may not. utime and stime are fields 14 and 15.
+    let fields: Vec<&str> = stat.rsplit_once(") ").context("stat without a name")?.1.split(' ').collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+}
+
+/// Paths of the Unix sockets a process has bound.
+pub fn sockets(pid: u32) -> Result<Vec<PathBuf>> {
+    let links = fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("process {pid} is gone"))?;
+    let inodes: Vec<String> = links
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .filter_map(|target| Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let table = read(&format!("/proc/{pid}/net/unix"))?;
+    let bound = table.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let path = fields.get(7).filter(|path| path.starts_with('/'))?;
+        inodes.iter().any(|inode| inode == fields[6]).then(|| PathBuf::from(path))
+    });
+    let mut bound: Vec<PathBuf> = bound.collect();
+    bound.sort();
+    bound.dedup();
+    Ok(bound)
+}
+
+/// Files of a process's address space that lie below `folder`, with their resident KiB.
+pub fn mapped_below(pid: u32, folder: &Path) -> Result<Vec<String>> {
+    let maps = read(&format!("/proc/{pid}/maps"))?;
+    let prefix = format!("{}/", folder.display());
+    let mut files: Vec<String> = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5))
+        .filter(|path| path.starts_with(&prefix))
+        .map(str::to_owned)
+        .collect();
+    files.sort();
+    files.dedup();
+    Ok(files)
+}
+
+fn read(path: &str) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read {path}"))
+}

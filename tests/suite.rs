@@ -1,0 +1,137 @@
+//! The integration tests: the real binary under three real containerds, and alone.
+//!
+//! ```text
+//! cases of suite/*.rs × containerd 1.6, 1.7, 2.1   "1.7::exits::code_of_proc_exit"
+//! cases of the bare binary                         "bare::api::create_twice"
+//! ```
+//! One private containerd a version is shared by the cases and started by the first that needs it; what it leaves
+//! behind at the end fails the run. `cargo test --test suite -- 2.1::stdio` runs a part, as any test of cargo.
+//! They need root, and what `make test` installs.
+
+mod common;
+mod suite {
+    pub mod api;
+    pub mod exits;
+    pub mod stdio;
+}
+
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, bail};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use common::containerd::{Containerd, VERSIONS};
+use common::{Outcome, base};
+
+/// A case over containerd.
+type OverContainerd = (&'static str, fn(&Containerd) -> Outcome);
+/// A case of the bare binary.
+type Bare = (&'static str, fn() -> Outcome);
+
+/// What `suite/*.rs` offer.
+const OVER_CONTAINERD: [(&str, &[OverContainerd]); 2] =
+    [("exits", suite::exits::CASES), ("stdio", suite::stdio::CASES)];
+const BARE: [(&str, &[Bare]); 1] = [("api", suite::api::CASES)];
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Cases measure how fast things happen, and the machine has two cores: one at a time unless asked otherwise.
+    arguments.test_threads = arguments.test_threads.or(Some(1));
+    if !arguments.list
+        && let Err(error) = prepare()
+    {
+        eprintln!("the tests cannot run: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    let shared = VERSIONS.map(|version| Arc::new(Shared::new(version)));
+    let conclusion = libtest_mimic::run(&arguments, trials(&shared));
+    let mut clean = true;
+    for shared in &shared {
+        if let Err(error) = shared.close() {
+            eprintln!("{error:#}");
+            clean = false;
+        }
+    }
+    clean &= is_all_gone();
+    base::remove();
+    if clean { conclusion.exit_code() } else { ExitCode::FAILURE }
+}
+
+fn prepare() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("containerd needs root");
+    }
+    base::create()
+}
+
+fn trials(shared: &[Arc<Shared>; 3]) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for shared in shared {
+        for (file, cases) in OVER_CONTAINERD {
+            for (name, case) in cases {
+                let shared = Arc::clone(shared);
+                let title = format!("{}::{file}::{name}", shared.version);
+                trials.push(Trial::test(title, move || shared.run(*case)));
+            }
+        }
+    }
+    for (file, cases) in BARE {
+        for (name, case) in cases {
+            trials.push(Trial::test(format!("bare::{file}::{name}"), || case().map_err(failed)));
+        }
+    }
+    trials
+}
+
+fn failed(error: anyhow::Error) -> Failed {
+    format!("{error:#}").into()
+}
+
+/// Nothing that this run started or mounted may outlive it.
+fn is_all_gone() -> bool {
+    match base::leftovers() {
+        Ok(left) if left.is_empty() => true,
+        Ok(left) => {
+            eprintln!("left behind: {left:#?}");
+            false
+        }
+        // There was no base: the cases were only listed.
+        Err(_) => true,
+    }
+}
+
+/// The containerd of one version, started when first needed.
+struct Shared {
+    version: &'static str,
+    containerd: Mutex<Option<Arc<Containerd>>>,
+}
+
+impl Shared {
+    fn new(version: &'static str) -> Self {
+        Self { version, containerd: Mutex::default() }
+    }
+
+    fn get(&self) -> Result<Arc<Containerd>> {
+        let mut containerd = self.containerd.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*containerd {
+            Some(containerd) => Ok(Arc::clone(containerd)),
+            None => Ok(Arc::clone(containerd.insert(Arc::new(Containerd::start(self.version, self.version)?)))),
+        }
+    }
+
+    /// Runs a case; what containerd and the shims logged meanwhile belongs to its failure.
+    fn run(&self, case: fn(&Containerd) -> Outcome) -> Result<(), Failed> {
+        let containerd = self.get().map_err(failed)?;
+        let offset = containerd.log_length();
+        case(&containerd)
+            .map_err(|error| failed(error.context(format!("log of containerd:\n{}\n", containerd.log_since(offset)))))
+    }
+
+    fn close(&self) -> Result<()> {
+        match self.containerd.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(containerd) => containerd.close(),
+            None => Ok(()),
+        }
+    }
+}
