@@ -1,0 +1,63 @@
+# Everything a developer or an administrator runs. `make` alone lists the targets.
+SHELL := /bin/bash
+
+PREFIX ?= /usr/local
+# What is fetched or built once for many runs, outside the clone.
+export TROUPE_CACHE ?= $(HOME)/.cache/troupe
+export TROUPE_GUESTS ?= $(TROUPE_CACHE)/guests
+
+SHIM := containerd-shim-wasmtime-v1
+# The name that older wasm shims were known by.
+ALIAS := containerd-shim-wasm-v1
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+# The tests' own host functions; never in a binary that is installed.
+TEST := cargo test --workspace --features test-hooks
+
+.DEFAULT_GOAL := help
+.PHONY: help build check test bench demo install uninstall guests clean packages containerds
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build the shim and the image builder for use (release profile)
+	cargo build --release --bins
+
+check: ## Formatting, lints, documentation and licences; warnings are errors
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --features test-hooks -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
+	.ci/licences
+
+# The integration tests come last: theirs is the summary line to look at.
+test: packages containerds guests ## Install what is missing, then run all tests (root, Debian or Ubuntu)
+	$(TEST) --lib
+	$(TEST) --doc
+	$(TEST) --bins --test '*'
+
+bench: packages containerds guests ## Measure speed and memory; figures on standard output
+	cargo bench --workspace
+
+demo: ## Run a guest under a private containerd and show its logs
+	examples/demo.sh
+
+install: ## Install the shim below PREFIX (default /usr/local), print what containerd needs
+	cargo build --release --bin $(SHIM)
+	install -D -m 0755 "$(TARGET)/release/$(SHIM)" "$(DESTDIR)$(PREFIX)/bin/$(SHIM)"
+	ln -sf $(SHIM) "$(DESTDIR)$(PREFIX)/bin/$(ALIAS)"
+	@cat .ci/containerd.txt
+
+uninstall: ## Remove what `make install` put below PREFIX
+	rm -f "$(DESTDIR)$(PREFIX)/bin/$(SHIM)" "$(DESTDIR)$(PREFIX)/bin/$(ALIAS)"
+
+guests: ## Build the wasm programs of tests, demo and benches
+	tests/guests/build.sh
+
+clean: ## Remove the build (the caches in TROUPE_CACHE stay)
+	cargo clean
+
+packages:
+	@.ci/packages runc:'native containers beside the wasm ones' busybox-static:'what the native ones run' \
+	  debian-archive-keyring:'checks the containerds that are fetched'
+
+containerds:
+	tests/containerds.sh "$(TROUPE_CACHE)/containerds"
