@@ -81,6 +81,7 @@ async fn run(listener: UnixListener, ready: Ready, args: ServeArgs, log: Sinks, 
             signal
         }
     };
+    daemon.stage.programs.close().await;
     daemon.flush_events().await;
     drop(daemon.server.shutdown().await);
     tracing::info!(why, "leaving");
@@ -90,6 +91,7 @@ async fn run(listener: UnixListener, ready: Ready, args: ServeArgs, log: Sinks, 
 struct Daemon {
     server: Server,
     supervisor: Addr<Supervisor>,
+    stage: Arc<Stage>,
     /// Containers, connections, events that containerd has not taken.
     containers: watch::Receiver<usize>,
     connections: watch::Receiver<usize>,
@@ -109,7 +111,7 @@ impl Daemon {
         let (events, told) = Events::channel();
         let (pending, undelivered) = watch::channel(0);
         actix::spawn(events::publish(args.ttrpc_address.clone(), told, pending));
-        let (supervisor, containers) = Supervisor::new(stage, events);
+        let (supervisor, containers) = Supervisor::new(Arc::clone(&stage), events);
         let supervisor = supervisor.start();
         let service = TaskService {
             supervisor: supervisor.clone(),
@@ -125,7 +127,18 @@ impl Daemon {
         let mut server = Server::new().add_listener(accepted).register_service(services(&service));
         server.start().await.context("the ttrpc server")?;
         let (connections, socket) = (open.count(), args.socket.clone());
-        Ok(Self { server, supervisor, containers, connections, undelivered, listener: ours, socket, settings, stop })
+        Ok(Self {
+            server,
+            supervisor,
+            stage,
+            containers,
+            connections,
+            undelivered,
+            listener: ours,
+            socket,
+            settings,
+            stop,
+        })
     }
 
     /// Returns when there is nothing left, nobody came for a while, and our socket is gone.

@@ -1,5 +1,7 @@
 //! Compiling as the daemon does it: the real binary as the worker, the library's public side, a cache of its own.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says what it expects by failing")]
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! `start`, `delete`, `-info` and `-v` of the real binary, fed with what each containerd sends. No containerd runs here.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says what it expects by failing")]
+
 #[path = "start/support.rs"]
 mod support;
 

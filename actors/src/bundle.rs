@@ -64,7 +64,10 @@ impl Bundle {
         let file = path.join("config.json");
         let size = std::fs::metadata(&file).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))?.len();
         if size > MAX_CONFIG {
-            return Err(Error::invalid(format!("{}: {size} bytes, more than the {MAX_CONFIG} accepted", file.display())));
+            return Err(Error::invalid(format!(
+                "{}: {size} bytes, more than the {MAX_CONFIG} accepted",
+                file.display()
+            )));
         }
         let text = std::fs::read(&file).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))?;
         let spec: Spec =

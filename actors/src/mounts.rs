@@ -125,7 +125,8 @@ impl RootFs {
         mount("tmpfs", through(&dev), "tmpfs", flags, c"mode=755,size=4k,nr_inodes=16").map_err(host)?;
         let dev = open_dir(&self.path.join("dev"))?;
         for (name, minor) in [("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9)] {
-            mknodat(&dev, name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(1, minor)).map_err(host)?;
+            mknodat(&dev, name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(1, minor))
+                .map_err(host)?;
             rustix::fs::chmodat(&dev, name, Mode::from_raw_mode(0o666), rustix::fs::AtFlags::empty()).map_err(host)?;
         }
         mount_remount(through(&dev), flags | MountFlags::BIND | MountFlags::RDONLY, "").map_err(host)

@@ -52,7 +52,9 @@ fn candidates(name: &str, bundle: &Bundle) -> Vec<PathBuf> {
     let mut found = vec![bundle.cwd.join(name)];
     if !name.contains('/') {
         let path = bundle.env.iter().find(|(key, _)| key == "PATH").map_or(DEFAULT_PATH, |(_, value)| value);
-        found.extend(path.split(':').chain(["/"]).filter(|dir| dir.starts_with('/')).map(|dir| Path::new(dir).join(name)));
+        found.extend(
+            path.split(':').chain(["/"]).filter(|dir| dir.starts_with('/')).map(|dir| Path::new(dir).join(name)),
+        );
     }
     found
 }
@@ -75,10 +77,7 @@ fn read_file(name: &str, file: OwnedFd, max_size: u64) -> Result<Vec<u8>> {
         return Err(refuse(name, &format!("{size} bytes, more than the max_module_size of {max_size}")));
     }
     let mut wasm = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
-    std::fs::File::from(file)
-        .take(max_size)
-        .read_to_end(&mut wasm)
-        .map_err(|e| refuse(name, &e.to_string()))?;
+    std::fs::File::from(file).take(max_size).read_to_end(&mut wasm).map_err(|e| refuse(name, &e.to_string()))?;
     Ok(wasm)
 }
 

@@ -83,8 +83,8 @@ mod tests {
     #[test]
     fn every_code_from_0_to_255_arrives() {
         for code in 0..=255_u8 {
-            assert_eq!(Outcome::of(Err(ProcExit(code.into()).into())).code(), code.into());
-            assert_eq!(Outcome::of(Err(wasmtime_wasi::I32Exit(code.into()).into())).code(), code.into());
+            assert_eq!(Outcome::of(Err(ProcExit(code.into()).into())).code(), u32::from(code));
+            assert_eq!(Outcome::of(Err(wasmtime_wasi::I32Exit(code.into()).into())).code(), u32::from(code));
         }
         assert_eq!(Outcome::of(Err(ProcExit(256 + 3).into())).code(), 3);
     }

@@ -41,10 +41,13 @@ pub struct Supervisor {
 enum Slot {
     /// `Create` is at work.
     Reserved,
-    Live {
-        addr: Addr<Container>,
-        handle: Handle,
-    },
+    Live(Box<Live>),
+}
+
+#[derive(Clone)]
+struct Live {
+    addr: Addr<Container>,
+    handle: Handle,
 }
 
 impl Supervisor {
@@ -54,9 +57,9 @@ impl Supervisor {
         (Self { table: HashMap::new(), count, stage, events, draining: false }, seen)
     }
 
-    fn live(&self, id: &ContainerId, verb: &'static str) -> Result<(&Addr<Container>, &Handle)> {
+    fn live(&self, id: &ContainerId, verb: &'static str) -> Result<&Live> {
         match self.table.get(id) {
-            Some(Slot::Live { addr, handle }) => Ok((addr, handle)),
+            Some(Slot::Live(live)) => Ok(live),
             Some(Slot::Reserved) => Err(Error::WrongState { id: id.clone(), verb, state: "being created" }),
             None => Err(Error::NotFound(id.clone())),
         }
@@ -108,15 +111,15 @@ impl Handler<Create> for Supervisor {
                 tracing::warn!(container = %id, %error, "not created");
                 act.remove(&id);
             })?;
-            let container =
-                Container::new(id.clone(), blueprint, prepared, Arc::clone(&act.stage), act.events.clone());
+            let container = Container::new(id.clone(), blueprint, prepared, Arc::clone(&act.stage), act.events.clone());
             let handle = container.handle();
             let created =
                 EventKind::Created { bundle: handle.bundle.clone(), stdio: handle.stdio.clone(), pid: handle.pid };
             act.events.tell(&id, created);
             let elapsed_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
             tracing::info!(container = %id, pid = handle.pid, elapsed_us, "created");
-            act.table.insert(id, Slot::Live { addr: container.start(), handle: handle.clone() });
+            let live = Live { addr: container.start(), handle: handle.clone() };
+            act.table.insert(id, Slot::Live(Box::new(live)));
             Ok(handle)
         }))
     }
@@ -127,8 +130,8 @@ impl Handler<Start> for Supervisor {
 
     fn handle(&mut self, Start(id): Start, _: &mut Context<Self>) -> Self::Result {
         match self.live(&id, "start") {
-            Ok((addr, handle)) => {
-                let (started, pid) = (addr.send(container::Start), handle.pid);
+            Ok(live) => {
+                let (started, pid) = (live.addr.send(container::Start), live.handle.pid);
                 Box::pin(async move { started.await?.map(|()| pid) })
             }
             Err(error) => Box::pin(std::future::ready(Err(error))),
@@ -141,9 +144,9 @@ impl Handler<Kill> for Supervisor {
 
     fn handle(&mut self, Kill { id, signal, reply }: Kill, _: &mut Context<Self>) {
         match self.live(&id, "kill") {
-            Ok((addr, _)) => {
+            Ok(live) => {
                 tracing::info!(container = %id, signal, "signalled");
-                addr.do_send(container::Kill { signal, reply });
+                live.addr.do_send(container::Kill { signal, reply });
             }
             Err(error) => drop(reply.send(Err(error))),
         }
@@ -155,7 +158,7 @@ impl Handler<Delete> for Supervisor {
 
     fn handle(&mut self, Delete(id): Delete, _: &mut Context<Self>) -> Self::Result {
         let (deleted, pid) = match self.live(&id, "delete") {
-            Ok((addr, handle)) => (addr.send(container::Delete), handle.pid),
+            Ok(live) => (live.addr.send(container::Delete), live.handle.pid),
             Err(error) => return Box::pin(fut::ready(Err(error))),
         };
         Box::pin(deleted.into_actor(self).map(move |answer, act, _| {
@@ -172,7 +175,7 @@ impl Handler<Find> for Supervisor {
     type Result = Result<Handle>;
 
     fn handle(&mut self, Find(id): Find, _: &mut Context<Self>) -> Result<Handle> {
-        self.live(&id, "look at").map(|(_, handle)| handle.clone())
+        self.live(&id, "look at").map(|live| live.handle.clone())
     }
 }
 
@@ -180,11 +183,7 @@ impl Handler<List> for Supervisor {
     type Result = MessageResult<List>;
 
     fn handle(&mut self, _: List, _: &mut Context<Self>) -> Self::Result {
-        let live = self.table.values().filter_map(|slot| match slot {
-            Slot::Live { handle, .. } => Some(handle.clone()),
-            Slot::Reserved => None,
-        });
-        MessageResult(live.collect())
+        MessageResult(self.table.values().filter_map(Slot::live).map(|live| live.handle).collect())
     }
 }
 
@@ -195,7 +194,7 @@ impl Handler<Drain> for Supervisor {
         self.draining = true;
         let live: Vec<_> = self.table.values().filter_map(Slot::live).collect();
         let (mut count, all) = (self.count.subscribe(), drain.timeout);
-        let ends = live.into_iter().map(|(addr, handle)| end(addr, handle, drain.signal, drain.timeout));
+        let ends = live.into_iter().map(|live| end(live, drain.signal, drain.timeout));
         let ends: Vec<_> = ends.map(actix::spawn).collect();
         Box::pin(async move {
             let mut drained = Drained::default();
@@ -213,17 +212,18 @@ impl Handler<Drain> for Supervisor {
 }
 
 impl Slot {
-    fn live(&self) -> Option<(Addr<Container>, Handle)> {
+    fn live(&self) -> Option<Live> {
         match self {
             Self::Reserved => None,
-            Self::Live { addr, handle } => Some((addr.clone(), handle.clone())),
+            Self::Live(live) => Some(Live::clone(live)),
         }
     }
 }
 
 /// Ends one container in two steps; true when the first was enough. Its mounts and anchor go as well, its exit stays
 /// readable.
-async fn end(addr: Addr<Container>, mut handle: Handle, signal: u32, timeout: Duration) -> bool {
+async fn end(live: Live, signal: u32, timeout: Duration) -> bool {
+    let Live { addr, mut handle } = live;
     signal_container(&addr, signal).await;
     let polite = tokio::time::timeout(timeout, handle.wait()).await.is_ok();
     if !polite {

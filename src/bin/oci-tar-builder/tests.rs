@@ -71,14 +71,14 @@ fn the_layout_names_the_image_and_holds_every_blob() {
     assert_eq!(entry.digest().to_string(), digest);
 
     let manifest: ImageManifest = serde_json::from_slice(&blob(&digest)).unwrap();
-    let config: ImageConfiguration = serde_json::from_slice(&blob(&manifest.config().digest().to_string())).unwrap();
+    let config: ImageConfiguration = serde_json::from_slice(&blob(manifest.config().digest().as_ref())).unwrap();
     let process = config.config().as_ref().unwrap();
     assert_eq!(process.entrypoint().as_deref(), Some(&["/one.wasm".to_owned()][..]));
     assert_eq!(process.env().as_deref(), Some(&["A=b=c".to_owned()][..]));
     assert_eq!(process.working_dir().as_deref(), Some("/srv"));
 
     let layer = manifest.layers()[0].digest().to_string();
-    assert_eq!(config.rootfs().diff_ids(), &[layer.clone()]);
+    assert_eq!(config.rootfs().diff_ids(), std::slice::from_ref(&layer));
     fs::write(folder.path().join("layer.tar"), blob(&layer)).unwrap();
     let files = self::members(&folder.path().join("layer.tar"));
     assert_eq!(files.keys().map(String::as_str).collect::<Vec<_>>(), ["one.wasm", "srv", "srv/d"]);
