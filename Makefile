@@ -35,7 +35,7 @@ test: packages containerds guests ## Install what is missing, then run all tests
 	$(TEST) --bins --test '*'
 
 bench: packages containerds guests ## Measure speed and memory; figures on standard output
-	cargo bench --workspace
+	cargo bench --bench containers
 
 demo: ## Run a guest under a private containerd and show its logs
 	examples/demo.sh

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, Timestamps, UTIME_NOW, flock, open, utimensat};
 use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 use rustix::process::umask;
 
@@ -74,10 +75,19 @@ pub fn create_socket_dir(dir: &Path) -> io::Result<()> {
 pub fn is_alive(socket: &Path, _lock: &Lock) -> io::Result<bool> {
     let fd = new_socket(SocketFlags::NONBLOCK)?;
     match connect(&fd, &SocketAddrUnix::new(socket)?) {
-        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Ok(()) => Ok(!is_exiting(&fd)),
+        Err(Errno::AGAIN) => Ok(true),
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
         Err(other) => Err(other.into()),
     }
+}
+
+/// Whether who listens is on its way out: a killed process still accepts until the kernel closes its files, a moment after
+/// it took its memory, and with that its program, away.
+fn is_exiting(connection: &OwnedFd) -> bool {
+    let Ok(peer) = socket_peercred(connection) else { return false };
+    let program = fs::read_link(format!("/proc/{}/exe", peer.pid.as_raw_nonzero()));
+    program.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Tells the daemon that a container is on its way: it does not leave for a while (see [`retire`]).

@@ -1,0 +1,180 @@
+//! What a container costs: `make bench`.
+//!
+//! | section | question | promise |
+//! |---|---|---|
+//! | start | how long does `start` take, its daemon living, and launching one? | 5 ms, 40 ms (median) |
+//! | run | `ctr run --rm` of a cached hello beside runc's of a static busybox `true`, in turns | ratio ≤ 1.0 |
+//! | density | what does a further sleeping container cost its daemon, and what does an idle daemon do? | 400 KiB, 0.5 % |
+//!
+//! Over the newest private containerd of the tests (`TROUPE_BENCH_CONTAINERD=1.6` for another). Needs root, runc and a
+//! static busybox (Debian: busybox-static). Prints medians; a promise that does not hold makes the run fail.
+
+#[expect(dead_code, reason = "the tests use the rest of it")]
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
+
+use common::containerd::{Containerd, VERSIONS};
+use common::ctr::Client;
+use common::shim::Shim;
+use common::{base, guests, proc, wait};
+
+const STARTS: usize = 200;
+const LAUNCHES: usize = 20;
+const RUNS: usize = 30;
+const SLEEPERS: usize = 100;
+/// How long an idle daemon is watched.
+const IDLE: Duration = Duration::from_secs(10);
+
+fn main() -> ExitCode {
+    let outcome = base::create().and_then(|()| all());
+    base::remove();
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("the benches cannot run: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn all() -> Result<bool> {
+    let version = std::env::var("TROUPE_BENCH_CONTAINERD").unwrap_or_else(|_| "2.1".into());
+    let version = VERSIONS.into_iter().find(|known| *known == version).context("no such containerd")?;
+    println!("{}, containerd {version}", machine());
+    let mut kept = start()?;
+    let containerd = Containerd::start(version, "bench")?;
+    let measured = run(&containerd).and_then(|ran| Ok(ran & density(&containerd)?));
+    containerd.close()?;
+    kept &= measured?;
+    Ok(kept)
+}
+
+/// One line of the report; false when the promise does not hold.
+fn report(what: &str, figure: f64, unit: &str, promise: f64) -> bool {
+    let kept = figure <= promise;
+    println!("{what:<58} {figure:>9.2} {unit:<4} (promised {promise} {unit}){}", if kept { "" } else { "  TOO MUCH" });
+    kept
+}
+
+fn start() -> Result<bool> {
+    let shim = Shim::new("start")?;
+    let bundle = shim.bundle("first", &guests::built("hello.wasm")?, &[])?;
+    let once = || -> Result<f64> {
+        let mut command = shim.command("start", &bundle);
+        command.env("MAX_SHIM_VERSION", "2").stdin(Stdio::null());
+        let begin = Instant::now();
+        let output = command.output()?;
+        let took = millis(begin.elapsed());
+        ensure!(output.status.success(), "start failed: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(took)
+    };
+    let mut launching = Vec::new();
+    for _ in 0..LAUNCHES {
+        launching.push(once()?);
+        let daemon = shim.daemon()?;
+        proc::signal(daemon, Signal::KILL)?;
+        wait::until_true("the daemon to be gone", Duration::from_secs(5), || Ok(!proc::is_running(daemon)))?;
+    }
+    once()?;
+    let living = (0..STARTS).map(|_| once()).collect::<Result<Vec<_>>>()?;
+    proc::signal(shim.daemon()?, Signal::TERM)?;
+    shim.expect_end()?;
+    let kept = report("start, the daemon lives", median(living), "ms", 5.0);
+    Ok(report("start, launching the daemon", median(launching), "ms", 40.0) & kept)
+}
+
+fn run(containerd: &Containerd) -> Result<bool> {
+    let client = containerd.namespace("run");
+    let busybox = busybox(containerd.folder())?;
+    let ours = || timed(&client.guest("/hello.wasm", &["0"])?);
+    let theirs = || timed(&client.rootfs(&busybox, &["/bin/busybox", "true"]).runtime("io.containerd.runc.v2"));
+    ours()?;
+    theirs()?;
+    let (mut wasm, mut runc, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        let pair = (ours()?, theirs()?);
+        wasm.push(pair.0);
+        runc.push(pair.1);
+        ratios.push(pair.0 / pair.1);
+    }
+    println!("ctr run --rm: hello.wasm {:.1} ms, busybox true with runc {:.1} ms", median(wasm), median(runc));
+    Ok(report("ctr run --rm of a cached hello, beside runc", median(ratios), "x", 1.0))
+}
+
+fn timed(run: &common::ctr::Run<'_>) -> Result<f64> {
+    let begin = Instant::now();
+    run.expect(0)?;
+    Ok(millis(begin.elapsed()))
+}
+
+fn density(containerd: &Containerd) -> Result<bool> {
+    let client = containerd.namespace("density");
+    let sleeper = || client.guest("/kit.wasm", &["sleep", "0"])?.detached();
+    // The first ones pay for what all share: the engine, the code, the threads.
+    let mut containers = vec![sleeper()?, sleeper()?];
+    let daemon = client.daemon()?;
+    let before = proc::pss_kib(daemon)?;
+    let begin = Instant::now();
+    for _ in 0..SLEEPERS {
+        containers.push(sleeper()?);
+    }
+    let rate = SLEEPERS as f64 / begin.elapsed().as_secs_f64();
+    let each = (proc::pss_kib(daemon)?.saturating_sub(before)) as f64 / SLEEPERS as f64;
+    println!("{SLEEPERS} further containers in one daemon of {before} KiB PSS: {rate:.0} a second by ctr run -d");
+    let kept = report("PSS of a further sleeping container", each, "KiB", 400.0);
+    let busy = idle_load(daemon)?;
+    end(&client, containers)?;
+    Ok(report("CPU of a daemon with 100 sleeping containers, of a core", busy, "%", 0.5) & kept)
+}
+
+/// Share of a core that a process uses while nothing happens, in percent.
+fn idle_load(pid: u32) -> Result<f64> {
+    let ticks = |pid| proc::cpu_ticks(pid).map(|ticks| ticks as f64 / rustix::param::clock_ticks_per_second() as f64);
+    let before = ticks(pid)?;
+    // The one place that waits for time itself: it is what is measured.
+    std::thread::sleep(IDLE);
+    Ok((ticks(pid)? - before) / IDLE.as_secs_f64() * 100.0)
+}
+
+fn end(client: &Client<'_>, containers: Vec<common::ctr::Container<'_>>) -> Result<()> {
+    for container in &containers {
+        container.kill("SIGKILL")?;
+    }
+    drop(containers);
+    client.expect_empty()
+}
+
+fn busybox(folder: &Path) -> Result<std::path::PathBuf> {
+    let root = folder.join("busybox");
+    fs::create_dir_all(root.join("bin"))?;
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
+    let Some(busybox) = busybox else { bail!("no busybox; install busybox-static") };
+    fs::copy(busybox, root.join("bin/busybox"))?;
+    Ok(root)
+}
+
+fn machine() -> String {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1).map(str::to_owned));
+    let kernel = Command::new("uname").arg("-r").output().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    format!("{cores} cores {}, Linux {}", model.unwrap_or_default(), kernel.unwrap_or_default())
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+}
