@@ -72,7 +72,10 @@ impl Bundle {
         let text = std::fs::read(&file).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))?;
         let spec: Spec =
             serde_json::from_slice(&text).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))?;
-        Self::from_spec(path, &spec).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))
+        Self::from_spec(path, &spec).map_err(|e| match e {
+            Error::Unsupported(what) => Error::Unsupported(what),
+            other => Error::invalid(format!("{}: {other}", file.display())),
+        })
     }
 
     fn from_spec(path: &Path, spec: &Spec) -> Result<Self> {
@@ -86,6 +89,11 @@ impl Bundle {
             return Err(Error::Unsupported(
                 "process.terminal: a terminal is not supported yet; run without -t/--tty".into(),
             ));
+        }
+        if let Some(volume) = volume(spec) {
+            return Err(Error::Unsupported(format!(
+                "mounts: {volume}: volumes are not supported yet; run without -v/--mount"
+            )));
         }
         if !process.cwd().is_absolute() {
             return Err(Error::invalid(format!("process.cwd: {:?} is not absolute", process.cwd())));
@@ -102,6 +110,17 @@ impl Bundle {
             memory_limit: memory_limit(spec),
         })
     }
+}
+
+/// The first mount that would bring data of the host into the container; running without it would be a silent lie. The
+/// usual ones (/proc, /sys, /dev, a tmpfs on /run) mean nothing to a wasm guest.
+fn volume(spec: &Spec) -> Option<String> {
+    let is_bind = |mount: &&oci_spec::runtime::Mount| {
+        let options = mount.options().iter().flatten();
+        mount.typ().as_deref() == Some("bind")
+            || options.into_iter().any(|option| option == "bind" || option == "rbind")
+    };
+    spec.mounts().iter().flatten().find(is_bind).map(|mount| mount.destination().display().to_string())
 }
 
 fn environment(process: &Process) -> Result<Vec<(String, String)>> {
@@ -179,6 +198,19 @@ mod tests {
         assert_eq!(bundle.namespaces.ipc, Namespace::Host);
         assert_eq!(bundle.memory_limit, Some(1 << 20));
         assert!(bundle.readonly && bundle.root == Path::new("/r"));
+    }
+
+    #[test]
+    fn a_volume_is_refused_and_the_usual_mounts_are_not() {
+        let spec = |mount: &str| {
+            parse(&format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"r"}},{PROCESS}}},"mounts":[{mount}]}}"#))
+        };
+        assert!(spec(r#"{"destination":"/proc","type":"proc","source":"proc"}"#).is_ok());
+        assert!(spec(r#"{"destination":"/run","type":"tmpfs","source":"tmpfs","options":["nosuid"]}"#).is_ok());
+        let error =
+            spec(r#"{"destination":"/data","type":"none","source":"/x","options":["rbind","ro"]}"#).unwrap_err();
+        assert!(error.to_string().contains("/data: volumes are not supported yet"), "{error}");
+        assert!(matches!(error, Error::Unsupported(_)), "{error:?}");
     }
 
     #[test]
