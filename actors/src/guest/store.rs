@@ -15,6 +15,10 @@ use crate::stdio::{Reader, Streams, Writer};
 /// guest must not take them all.
 const MAX_RESOURCES: usize = 4096;
 
+/// Most random bytes a guest may ask for at once; more traps. They are made without a pause, a gigabyte a second, on a
+/// thread that others wait for.
+const MAX_RANDOM: u64 = 4 << 20;
+
 /// What a guest is started with.
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
@@ -66,7 +70,7 @@ pub fn store(engine: &Engine, env: &Environment, streams: &Streams, budget: &Arc
 
 fn wasi(env: &Environment, streams: &Streams) -> Result<WasiP1Ctx> {
     let mut builder = WasiCtxBuilder::new();
-    builder.args(&env.args).envs(&env.env).initial_cwd(&env.cwd);
+    builder.args(&env.args).envs(&env.env).initial_cwd(&env.cwd).max_random_size(MAX_RANDOM);
     if let Some(stdin) = &streams.stdin {
         builder.stdin(Reader(Arc::clone(stdin)));
     }

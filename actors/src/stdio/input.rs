@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, Interest, ReadBuf};
+use tokio::task::coop::consume_budget;
 use wasmtime_wasi::cli::{IsTerminal, StdinStream};
 use wasmtime_wasi::p2::{InputStream, Pollable, StreamError, StreamResult};
 
@@ -127,6 +128,8 @@ pub(crate) struct Reader(pub Arc<Input>);
 #[wasmtime_wasi::async_trait]
 impl Pollable for Reader {
     async fn ready(&mut self) {
+        // See `Writer`.
+        consume_budget().await;
         std::future::poll_fn(|cx| self.0.poll_ready(cx)).await;
     }
 }

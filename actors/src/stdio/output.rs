@@ -14,6 +14,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::io::{AsyncWrite, Interest};
+use tokio::task::coop::consume_budget;
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamError, StreamResult};
 
@@ -171,6 +172,8 @@ pub(crate) struct Writer(pub Arc<Output>);
 #[wasmtime_wasi::async_trait]
 impl Pollable for Writer {
     async fn ready(&mut self) {
+        // A reader that is fast enough never makes a guest wait; let others run all the same.
+        consume_budget().await;
         self.0.drain().await;
     }
 }
