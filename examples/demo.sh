@@ -273,7 +273,9 @@ no_daemon() { [ -z "$(daemons)" ]; }
 clean_up() {
     local code=$? pid
     trap '' INT TERM HUP
-    if [ "$code" != 0 ]; then
+    if [ "$code" = 130 ]; then
+        echo "demo: interrupted; cleaning up" >&2
+    elif [ "$code" != 0 ]; then
         echo "demo: failed; the end of containerd's log:" >&2
         tail -n 15 "$work/containerd.log" >&2 || true
     fi
