@@ -37,6 +37,8 @@ use crate::task::TaskService;
 const QUIET: Duration = Duration::from_secs(5);
 /// Exits are worth waiting for when leaving; a containerd that is gone is not.
 const FLUSH: Duration = Duration::from_secs(3);
+/// containerd has this long to fetch the exits and delete the containers of a daemon that was told to stop.
+const CLAIM: Duration = Duration::from_secs(1);
 const SIGTERM: u32 = 15;
 const SIGKILL: u32 = 9;
 
@@ -185,6 +187,19 @@ impl Daemon {
         match drained {
             Ok(drained) => tracing::info!(polite = drained.polite, cut_off = drained.cut_off, "stopped"),
             Err(error) => tracing::error!(%error, "the supervisor is gone"),
+        }
+        self.until_claimed(stop).await;
+    }
+
+    /// Who waits for a container's exit deletes it next, and asks us. What nobody deletes goes with this process:
+    /// containerd then runs `delete` for it.
+    async fn until_claimed(&self, stop: &mut Stop) {
+        let (mut containers, mut connections) = (self.containers.clone(), self.connections.clone());
+        tokio::select! {
+            _ = containers.wait_for(|count| *count == 0) => {}
+            _ = connections.wait_for(|count| *count == 0) => {}
+            () = tokio::time::sleep(CLAIM) => tracing::debug!(containers = *self.containers.borrow(), "not deleted"),
+            _ = stop.next() => {}
         }
     }
 

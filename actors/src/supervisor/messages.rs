@@ -48,8 +48,8 @@ pub struct Find(pub ContainerId);
 #[rtype(result = "Vec<Handle>")]
 pub struct List;
 
-/// Ends everything: takes no further container, sends SIGTERM to all, waits, cuts off, removes. Answers with how many
-/// were ended politely and how many were cut off.
+/// Ends everything: takes no further container, sends SIGTERM to all, waits, cuts off. Answers with how many were ended
+/// politely and how many were cut off; they are still there to be deleted.
 #[derive(Message)]
 #[rtype(result = "Drained")]
 pub struct Drain {

@@ -174,8 +174,12 @@ impl Handler<Delete> for Supervisor {
 impl Handler<Find> for Supervisor {
     type Result = Result<Handle>;
 
+    /// What is being created is not there yet: containerd lists a task before it exists, and asks for its state.
     fn handle(&mut self, Find(id): Find, _: &mut Context<Self>) -> Result<Handle> {
-        self.live(&id, "look at").map(|live| live.handle.clone())
+        match self.table.get(&id).and_then(Slot::live) {
+            Some(live) => Ok(live.handle),
+            None => Err(Error::NotFound(id)),
+        }
     }
 }
 
@@ -193,7 +197,6 @@ impl Handler<Drain> for Supervisor {
     fn handle(&mut self, drain: Drain, _: &mut Context<Self>) -> Self::Result {
         self.draining = true;
         let live: Vec<_> = self.table.values().filter_map(Slot::live).collect();
-        let (mut count, all) = (self.count.subscribe(), drain.timeout);
         let ends = live.into_iter().map(|live| end(live, drain.signal, drain.timeout));
         let ends: Vec<_> = ends.map(actix::spawn).collect();
         Box::pin(async move {
@@ -204,8 +207,6 @@ impl Handler<Drain> for Supervisor {
                     Ok(false) | Err(_) => drained.cut_off += 1,
                 }
             }
-            // A create that was at work refuses or finishes on its own; nobody waits longer for it than for a guest.
-            drop(tokio::time::timeout(all, count.wait_for(|count| *count <= drained.polite + drained.cut_off)).await);
             drained
         })
     }
@@ -220,8 +221,8 @@ impl Slot {
     }
 }
 
-/// Ends one container in two steps; true when the first was enough. Its mounts and anchor go as well, its exit stays
-/// readable.
+/// Ends one container in two steps; true when the first was enough. It stays in the table, for containerd to read its
+/// exit and to delete it.
 async fn end(live: Live, signal: u32, timeout: Duration) -> bool {
     let Live { addr, mut handle } = live;
     signal_container(&addr, signal).await;
@@ -232,9 +233,6 @@ async fn end(live: Live, signal: u32, timeout: Duration) -> bool {
         if let Err(error) = handle.wait().await {
             tracing::error!(container = %handle.id, %error, "lost while shutting down");
         }
-    }
-    if let Ok(Err(error)) = addr.send(container::Delete).await {
-        tracing::error!(container = %handle.id, %error, "not cleaned up while shutting down");
     }
     polite
 }
