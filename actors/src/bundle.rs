@@ -112,15 +112,22 @@ impl Bundle {
     }
 }
 
+/// What clients bind without being asked (`ctr --net-host`, nerdctl, CRI): for programs with sockets or shared memory.
+const USUAL_BINDS: [&str; 4] = ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/dev/shm"];
+
 /// The first mount that would bring data of the host into the container; running without it would be a silent lie. The
 /// usual ones (/proc, /sys, /dev, a tmpfs on /run) mean nothing to a wasm guest.
 fn volume(spec: &Spec) -> Option<String> {
+    let is_usual = |mount: &&oci_spec::runtime::Mount| {
+        USUAL_BINDS.iter().any(|usual| mount.destination().as_path() == Path::new(usual))
+    };
     let is_bind = |mount: &&oci_spec::runtime::Mount| {
         let options = mount.options().iter().flatten();
         mount.typ().as_deref() == Some("bind")
             || options.into_iter().any(|option| option == "bind" || option == "rbind")
     };
-    spec.mounts().iter().flatten().find(is_bind).map(|mount| mount.destination().display().to_string())
+    let mut mounts = spec.mounts().iter().flatten();
+    mounts.find(|mount| is_bind(mount) && !is_usual(mount)).map(|mount| mount.destination().display().to_string())
 }
 
 fn environment(process: &Process) -> Result<Vec<(String, String)>> {
@@ -207,6 +214,8 @@ mod tests {
         };
         assert!(spec(r#"{"destination":"/proc","type":"proc","source":"proc"}"#).is_ok());
         assert!(spec(r#"{"destination":"/run","type":"tmpfs","source":"tmpfs","options":["nosuid"]}"#).is_ok());
+        let hosts = r#"{"destination":"/etc/hosts","type":"bind","source":"/etc/hosts","options":["rbind","ro"]}"#;
+        assert!(spec(hosts).is_ok());
         let error =
             spec(r#"{"destination":"/data","type":"none","source":"/x","options":["rbind","ro"]}"#).unwrap_err();
         assert!(error.to_string().contains("/data: volumes are not supported yet"), "{error}");
