@@ -11,7 +11,13 @@
 mod common;
 mod suite {
     pub mod api;
+    pub mod cache;
+    pub mod daemon;
     pub mod exits;
+    pub mod groups;
+    pub mod hostile;
+    pub mod neighbours;
+    pub mod restart;
     pub mod stdio;
 }
 
@@ -22,17 +28,20 @@ use anyhow::{Result, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use common::containerd::{Containerd, VERSIONS};
-use common::{Outcome, base};
-
-/// A case over containerd.
-type OverContainerd = (&'static str, fn(&Containerd) -> Outcome);
-/// A case of the bare binary.
-type Bare = (&'static str, fn() -> Outcome);
+use common::{BareCases, Cases, Outcome, base};
 
 /// What `suite/*.rs` offer.
-const OVER_CONTAINERD: [(&str, &[OverContainerd]); 2] =
-    [("exits", suite::exits::CASES), ("stdio", suite::stdio::CASES)];
-const BARE: [(&str, &[Bare]); 1] = [("api", suite::api::CASES)];
+const OVER_CONTAINERD: &[(&str, Cases)] = &[
+    ("exits", suite::exits::CASES),
+    ("stdio", suite::stdio::CASES),
+    ("hostile", suite::hostile::CASES),
+    ("groups", suite::groups::CASES),
+    ("cache", suite::cache::CASES),
+    ("restart", suite::restart::CASES),
+    ("neighbours", suite::neighbours::CASES),
+    ("daemon", suite::daemon::CASES),
+];
+const BARE: &[(&str, BareCases)] = &[("api", suite::api::CASES)];
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -69,7 +78,7 @@ fn trials(shared: &[Arc<Shared>; 3]) -> Vec<Trial> {
     let mut trials = Vec::new();
     for shared in shared {
         for (file, cases) in OVER_CONTAINERD {
-            for (name, case) in cases {
+            for (name, case) in *cases {
                 let shared = Arc::clone(shared);
                 let title = format!("{}::{file}::{name}", shared.version);
                 trials.push(Trial::test(title, move || shared.run(*case)));
@@ -77,7 +86,7 @@ fn trials(shared: &[Arc<Shared>; 3]) -> Vec<Trial> {
         }
     }
     for (file, cases) in BARE {
-        for (name, case) in cases {
+        for (name, case) in *cases {
             trials.push(Trial::test(format!("bare::{file}::{name}"), || case().map_err(failed)));
         }
     }

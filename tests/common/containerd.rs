@@ -180,6 +180,13 @@ impl Containerd {
 
     /// The end of the log, from an offset that `log_length` returned.
     pub fn log_since(&self, offset: u64) -> String {
+        let text = self.whole_log_since(offset);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    /// All of it from there on; the shims' own lines are part of it.
+    pub fn whole_log_since(&self, offset: u64) -> String {
         let mut text = Vec::new();
         let read = File::open(self.log_file()).and_then(|mut file| {
             file.seek(SeekFrom::Start(offset))?;
@@ -188,9 +195,7 @@ impl Containerd {
         if let Err(error) = read {
             return format!("no log: {error}");
         }
-        let text = String::from_utf8_lossy(&text).into_owned();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        String::from_utf8_lossy(&text).into_owned()
     }
 
     pub fn log_length(&self) -> u64 {

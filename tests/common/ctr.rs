@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use super::containerd::Containerd;
 use super::events::Event;
 use super::job::{self, Done, Job};
-use super::{SOON, image, wait};
+use super::{SOON, image, proc, wait};
 
 /// The runtime under test.
 pub const WASMTIME: &str = "io.containerd.wasmtime.v1";
@@ -78,7 +78,21 @@ impl<'a> Client<'a> {
         Ok(rows.filter(|row| row.len() == 3).map(|row| (row[0].to_owned(), row[2].to_owned())).collect())
     }
 
-    /// Waits for the shim daemons to end and takes nothing for granted: no task, no container may be left.
+    /// The shim daemons that serve this namespace.
+    pub fn daemons(&self) -> Vec<u32> {
+        let word = format!("\"namespace\":\"{}\"", self.namespace);
+        self.containerd.shims().into_iter().filter(|pid| proc::cmdline(*pid).contains(&word)).collect()
+    }
+
+    /// The only one.
+    pub fn daemon(&self) -> Result<u32> {
+        match self.daemons()[..] {
+            [pid] => Ok(pid),
+            ref other => bail!("expected one daemon of {}, there are {other:?}", self.namespace),
+        }
+    }
+
+    /// No task and no container may be left.
     pub fn expect_empty(&self) -> Result<()> {
         let tasks = self.tasks()?;
         let containers = self.ctr(&["containers", "ls", "-q"])?;
@@ -259,6 +273,19 @@ impl Container<'_> {
         wait::until_true(&format!("{} to be {expected}", self.id), SOON, || {
             Ok(self.status()?.as_deref() == Some(expected))
         })
+    }
+
+    /// The number that containerd knows the task by.
+    pub fn pid(&self) -> Result<u32> {
+        let table = self.client.ctr(&["task", "ls"])?;
+        let row = table.lines().find(|line| line.split_whitespace().next() == Some(&self.id));
+        row.and_then(|row| row.split_whitespace().nth(1)?.parse().ok())
+            .with_context(|| format!("{} is no task", self.id))
+    }
+
+    /// The process that holds it.
+    pub fn daemon(&self) -> Result<u32> {
+        proc::group_leader(self.pid()?)
     }
 
     /// `ctr task metrics`.

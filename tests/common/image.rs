@@ -17,8 +17,8 @@ pub fn pack(name: &str, modules: &[&Path], options: &[&str]) -> Result<PathBuf> 
         let mut command = Command::new(env!("CARGO_BIN_EXE_oci-tar-builder"));
         command.args(["--rootfs", "--repo=test.local", "--name", name]).args(options);
         for module in modules {
-        command.arg("--module").arg(module);
-    }
+            command.arg("--module").arg(module);
+        }
         command.arg("-o").arg(&tar);
         job::run(command, SOON)?.success("oci-tar-builder")?;
     }

@@ -17,7 +17,6 @@ pub struct Done {
     pub code: Option<i32>,
     pub stdout: Vec<u8>,
     pub stderr: String,
-    pub took: Duration,
 }
 
 impl Done {
@@ -117,7 +116,6 @@ impl Collected {
 pub struct Job {
     child: Child,
     what: String,
-    started: Instant,
     pub stdin: Option<ChildStdin>,
     pub stdout: Arc<Collected>,
     pub stderr: Arc<Collected>,
@@ -130,11 +128,7 @@ impl Job {
         let mut child = command.spawn().with_context(|| format!("cannot run {what}"))?;
         let stdout = Collected::follow(child.stdout.take().context("no stdout")?);
         let stderr = Collected::follow(child.stderr.take().context("no stderr")?);
-        Ok(Self { stdin: child.stdin.take(), child, what, started: Instant::now(), stdout, stderr })
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+        Ok(Self { stdin: child.stdin.take(), child, what, stdout, stderr })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
@@ -167,10 +161,9 @@ impl Job {
                 tail(&self.stderr.so_far())
             ),
         };
-        let took = self.started.elapsed();
         let stdout = self.stdout.all(limit)?;
         let stderr = String::from_utf8_lossy(&self.stderr.all(limit)?).into_owned();
-        Ok(Done { code, stdout, stderr, took })
+        Ok(Done { code, stdout, stderr })
     }
 }
 

@@ -23,5 +23,11 @@ pub mod wait;
 /// How a case ends.
 pub type Outcome = anyhow::Result<()>;
 
+/// Cases that run under a containerd, by name; each is run for every version.
+pub type Cases = &'static [(&'static str, fn(&containerd::Containerd) -> Outcome)];
+
+/// Cases of the binary alone.
+pub type BareCases = &'static [(&'static str, fn() -> Outcome)];
+
 /// Long enough for anything that is to happen at once, on a machine of two slow cores that also compiles.
 pub const SOON: std::time::Duration = std::time::Duration::from_secs(20);

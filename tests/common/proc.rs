@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// What a process holds. Taken before and after a load, equal means that nothing leaked.
+/// What a process holds. Taken before and after a load, it tells what leaked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Holdings {
     pub threads: usize,
@@ -24,6 +24,13 @@ pub fn running_below(folder: &Path) -> Vec<u32> {
 pub fn running(folder: &Path, word: &str) -> Vec<u32> {
     let is_ours = |pid: &u32| exe(*pid).is_some_and(|exe| exe.starts_with(folder));
     pids().into_iter().filter(is_ours).filter(|pid| cmdline(*pid).split(' ').any(|part| part == word)).collect()
+}
+
+impl Holdings {
+    /// Whether nothing came on top. Less is no leak: runtimes end threads that had nothing to do for a while.
+    pub fn fit_in(self, before: Self) -> bool {
+        self.threads <= before.threads && self.descriptors <= before.descriptors && self.mounts <= before.mounts
+    }
 }
 
 pub fn pids() -> Vec<u32> {
@@ -73,9 +80,18 @@ pub fn holdings(pid: u32) -> Result<Holdings> {
 
 /// Proportional set size in KiB: shared pages counted by share.
 pub fn pss_kib(pid: u32) -> Result<u64> {
+    memory_kib(pid, "Pss:")
+}
+
+/// Memory that is a process's own and no file's, in KiB: unlike [`pss_kib`] the same whoever else runs the program.
+pub fn anonymous_kib(pid: u32) -> Result<u64> {
+    memory_kib(pid, "Anonymous:")
+}
+
+fn memory_kib(pid: u32, field: &str) -> Result<u64> {
     let rollup = read(&format!("/proc/{pid}/smaps_rollup"))?;
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("smaps_rollup has no Pss")?;
-    line.trim().trim_end_matches("kB").trim().parse().context("Pss is no number")
+    let line = rollup.lines().find_map(|line| line.strip_prefix(field)).context("smaps_rollup has no such field")?;
+    line.trim().trim_end_matches("kB").trim().parse().with_context(|| format!("{field} is no number"))
 }
 
 /// Clock ticks (10 ms) of CPU the process used so far.
@@ -105,19 +121,25 @@ pub fn sockets(pid: u32) -> Result<Vec<PathBuf>> {
     Ok(bound)
 }
 
-/// Files of a process's address space that lie below `folder`, with their resident KiB.
-pub fn mapped_below(pid: u32, folder: &Path) -> Result<Vec<String>> {
+/// The executable mappings of files below `folder` in a process, by path; a file mapped twice is there twice.
+pub fn code_below(pid: u32, folder: &Path) -> Result<Vec<String>> {
     let maps = read(&format!("/proc/{pid}/maps"))?;
-    let prefix = format!("{}/", folder.display());
-    let mut files: Vec<String> = maps
-        .lines()
-        .filter_map(|line| line.split_whitespace().nth(5))
-        .filter(|path| path.starts_with(&prefix))
-        .map(str::to_owned)
-        .collect();
-    files.sort();
-    files.dedup();
-    Ok(files)
+    let fields = maps.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let code = fields.filter(|fields| fields.len() > 5 && fields[1].contains('x'));
+    Ok(code.map(|fields| fields[5].to_owned()).filter(|path| Path::new(path).starts_with(folder)).collect())
+}
+
+/// The process that a thread belongs to.
+pub fn group_leader(thread: u32) -> Result<u32> {
+    let status = read(&format!("/proc/{thread}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Tgid:")).context("no Tgid")?;
+    line.trim().parse().context("Tgid is no number")
+}
+
+/// Sends a signal to a process of this run.
+pub fn signal(pid: u32, signal: rustix::process::Signal) -> Result<()> {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).context("not a pid")?;
+    rustix::process::kill_process(pid, signal).context("cannot send the signal")
 }
 
 fn read(path: &str) -> Result<String> {

@@ -74,11 +74,18 @@ impl Recorder {
     }
 }
 
-impl Drop for Recorder {
-    fn drop(&mut self) {
+impl Recorder {
+    /// Goes away as containerd does when it is stopped.
+    pub fn close(&mut self) {
         if let Some(server) = self.server.take() {
             server.shutdown();
         }
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

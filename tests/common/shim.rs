@@ -4,8 +4,6 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::api;
@@ -17,7 +15,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 
 use super::containerd::IDLE;
-use super::job::{self, Collected, Done, Job};
+use super::job::{Collected, Done, Job};
 use super::recorder::Recorder;
 use super::{SOON, base, proc, wait};
 
@@ -61,8 +59,8 @@ impl Shim {
             fifo(&log)?;
         }
         // Opened for both, so that the shim's open finds a reader and this one never ends.
-        let log = Collected::follow(File::options().read(true).write(true).open(&log)?);
-        Ok(Bundle { id: id.to_owned(), folder, log })
+        Collected::follow(File::options().read(true).write(true).open(&log)?);
+        Ok(Bundle { id: id.to_owned(), folder })
     }
 
     /// The binary as containerd calls it, for a verb.
@@ -147,8 +145,6 @@ impl Drop for Shim {
 pub struct Bundle {
     pub id: String,
     pub folder: PathBuf,
-    /// What the shim wrote to the bundle's `log`.
-    pub log: Arc<Collected>,
 }
 
 /// The task service of one container.
@@ -263,13 +259,6 @@ pub fn spec(words: &[String]) -> Value {
 pub fn fifo(path: &Path) -> Result<()> {
     mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)
         .with_context(|| format!("cannot make the FIFO {}", path.display()))
-}
-
-/// Runs the binary with just these words.
-pub fn plain(shim: &Shim, words: &[&str], limit: Duration) -> Result<Done> {
-    let mut command = Command::new(&shim.binary);
-    command.args(words).current_dir(&shim.folder);
-    job::run(command, limit)
 }
 
 /// Calls a method by the full name of its service: the generated client knows only v3 of the task service.

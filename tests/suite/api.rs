@@ -12,7 +12,7 @@ use crate::common::job::Collected;
 use crate::common::shim::{self, Shim, Task, expect_code, short};
 use crate::common::{Outcome, SOON, guests, proc};
 
-pub const CASES: &[(&str, fn() -> Outcome)] = &[
+pub const CASES: crate::common::BareCases = &[
     ("a_life_over_ttrpc", life),
     ("both_names_of_the_service_answer", service_names),
     ("create_twice_already_exists", create_twice),

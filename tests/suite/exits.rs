@@ -8,7 +8,7 @@ use crate::common::containerd::Containerd;
 use crate::common::ctr::Client;
 use crate::common::{Outcome, SOON, base, wait};
 
-pub const CASES: &[(&str, fn(&Containerd) -> Outcome)] = &[
+pub const CASES: crate::common::Cases = &[
     ("a_native_container_ends_with_its_code", native),
     ("code_of_proc_exit", code_of_proc_exit),
     ("code_of_a_return_from_main", returns),

@@ -10,7 +10,7 @@ use crate::common::containerd::Containerd;
 use crate::common::ctr::Client;
 use crate::common::{Outcome, SOON, base, guests, image};
 
-pub const CASES: &[(&str, fn(&Containerd) -> Outcome)] = &[
+pub const CASES: crate::common::Cases = &[
     ("arguments_arrive_as_given", arguments),
     ("the_environment_is_the_containers_only", environment),
     ("stdin_is_copied_and_ends", stdin),
