@@ -19,6 +19,7 @@ mod inspect;
 mod limits;
 mod module;
 mod program;
+mod random;
 mod run;
 mod store;
 mod worker;

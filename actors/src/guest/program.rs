@@ -8,6 +8,7 @@ use wasmtime_wasi::p2::bindings::CommandPre;
 use super::LoadError;
 use super::exit::ProcExit;
 use super::module::Code;
+use super::random;
 use super::store::Guest;
 
 /// A program, ready to be instantiated at the price of a memory and a stack.
@@ -61,6 +62,10 @@ impl Program {
             // The stock one refuses codes from 126 on.
             linker.func_wrap("wasi_snapshot_preview1", "proc_exit", |code: u32| -> wasmtime::Result<()> {
                 Err(ProcExit(code).into())
+            })?;
+            // The stock one refuses large requests, because it keeps a thread for as long as they take.
+            linker.func_wrap_async("wasi_snapshot_preview1", "random_get", |caller, (at, length): (u32, u32)| {
+                Box::new(random::get(caller, at, length))
             })?;
             #[cfg(feature = "test-hooks")]
             linker.func_wrap("troupe_test", "panic", panic_on_purpose)?;

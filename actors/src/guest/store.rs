@@ -15,9 +15,9 @@ use crate::stdio::{Reader, Streams, Writer};
 /// guest must not take them all.
 const MAX_RESOURCES: usize = 4096;
 
-/// Most random bytes a guest may ask for at once; more traps. They are made without a pause, a gigabyte a second, on a
-/// thread that others wait for.
-const MAX_RANDOM: u64 = 4 << 20;
+/// Most random bytes a component may ask for at once; more traps. They are made without a pause, some 3 ms for so many, on
+/// a thread that others wait for. A module may ask for any number (see `random`).
+const MAX_RANDOM: u64 = 1 << 20;
 
 /// What a guest is started with.
 #[derive(Debug, Clone, Default)]
