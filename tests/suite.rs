@@ -14,10 +14,14 @@ mod suite {
     pub mod cache;
     pub mod daemon;
     pub mod exits;
+    pub mod greedy;
     pub mod groups;
     pub mod hostile;
+    pub mod load;
     pub mod neighbours;
+    pub mod recovery;
     pub mod restart;
+    pub mod shutdown;
     pub mod stdio;
 }
 
@@ -37,11 +41,20 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("hostile", suite::hostile::CASES),
     ("groups", suite::groups::CASES),
     ("cache", suite::cache::CASES),
+    ("load", suite::load::CASES),
     ("restart", suite::restart::CASES),
     ("neighbours", suite::neighbours::CASES),
     ("daemon", suite::daemon::CASES),
+    ("recovery", suite::recovery::CASES),
+    ("greedy", suite::greedy::CASES),
+    ("shutdown", suite::shutdown::CASES),
 ];
-const BARE: &[(&str, BareCases)] = &[("api", suite::api::CASES)];
+const BARE: &[(&str, BareCases)] = &[
+    ("api", suite::api::CASES),
+    ("load", suite::load::BARE),
+    ("recovery", suite::recovery::BARE),
+    ("shutdown", suite::shutdown::BARE),
+];
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -62,8 +75,12 @@ fn main() -> ExitCode {
             clean = false;
         }
     }
-    clean &= is_all_gone();
-    base::remove();
+    // What is left is the guard's to end, which needs the folder.
+    if is_all_gone() {
+        base::remove();
+    } else {
+        clean = false;
+    }
     if clean { conclusion.exit_code() } else { ExitCode::FAILURE }
 }
 
