@@ -10,7 +10,12 @@ for process in /proc/[0-9]*; do
   pid=${process#/proc/}
   [ "$pid" != $$ ] || continue
   case "$(readlink "$process/exe" 2>/dev/null) $(tr '\0' ' ' <"$process/cmdline" 2>/dev/null)" in
-    *"$base/"*) kill -9 "$pid" 2>/dev/null ;;
+    *"$base/"*)
+      # A shim says on its command line where it listens; that is not below the base.
+      socket=$(tr '\0' ' ' <"$process/cmdline" 2>/dev/null | sed -n 's/.*"socket":"\([^"]*\)".*/\1/p')
+      kill -9 "$pid" 2>/dev/null
+      [ -z "$socket" ] || rm -f "$socket"
+      ;;
   esac
 done
 sleep 0.3

@@ -132,10 +132,13 @@ impl Shim {
 impl Drop for Shim {
     fn drop(&mut self) {
         for pid in proc::running_below(&self.folder.join("bin")) {
-            if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
-                // It may end by itself at this moment.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
+            // What it listens on lies outside of the folder, and a killed process cannot remove it. Any of this fails
+            // where the process ends by itself at this moment.
+            let sockets = proc::sockets(pid).unwrap_or_default();
+            let _ = proc::signal(pid, rustix::process::Signal::KILL);
+            sockets.into_iter().filter(|socket| socket.parent() != Some(&self.folder)).for_each(|socket| {
+                let _ = fs::remove_file(socket);
+            });
         }
     }
 }
