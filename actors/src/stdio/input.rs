@@ -2,9 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -21,38 +21,71 @@ use crate::error::{Error, Result};
 /// Most bytes handed to a guest by one read.
 const MAX_READ: usize = 64 << 10;
 
-/// Both ends of stdin's FIFO. The write end is ours to hold, so that a client that detaches is not an end of file.
+/// Stdin before its guest runs.
 #[derive(Debug)]
 pub(super) struct Ends {
+    path: PathBuf,
     read: OwnedFd,
     keeper: Keeper,
 }
 
-/// The write end that keeps a guest's stdin open until `CloseIO`.
+/// The write end that keeps a guest's stdin open until `CloseIO`, so that a client that detaches is not an end of file.
 #[derive(Debug, Clone)]
-pub struct Keeper(Arc<Mutex<Option<OwnedFd>>>);
+pub struct Keeper(Arc<Mutex<Keep>>);
+
+#[derive(Debug)]
+enum Keep {
+    /// The guest does not run yet.
+    Pending,
+    Open(#[expect(dead_code, reason = "held open, never used")] OwnedFd),
+    Closed,
+}
 
 impl Keeper {
     /// Lets go: the guest reads an end of file once its client has closed as well. Twice is fine.
     pub fn close(&self) {
-        drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+        *self.lock() = Keep::Closed;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Keep> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Ends {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let flags = OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let open = |end| open(path, flags | end, Mode::empty()).map_err(|e| Error::path("open stdin", path, e));
-        let read = open(OFlags::RDONLY)?;
-        // Only a FIFO has a write end to keep; a file or a device ends by itself.
-        let stat = rustix::fs::fstat(&read).map_err(|e| Error::path("stat stdin", path, e))?;
-        let fifo = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_fifo();
-        let write = if fifo { Some(open(OFlags::WRONLY)?) } else { None };
-        Ok(Self { read, keeper: Keeper(Arc::new(Mutex::new(write))) })
+        let read = open_end(path, OFlags::RDONLY).map_err(|e| Error::path("open stdin", path, e))?;
+        Ok(Self { path: path.to_owned(), read, keeper: Keeper(Arc::new(Mutex::new(Keep::Pending))) })
     }
 
     pub(super) fn keeper(&self) -> Keeper {
         self.keeper.clone()
+    }
+
+    /// Opens the write end, at the start: a client whose input ended before (`echo x | ctr run`) has closed the FIFO by
+    /// then and will never say `CloseIO`, and is not kept alive.
+    fn keep(&self) -> io::Result<()> {
+        let mut keep = self.keeper.lock();
+        let stat = rustix::fs::fstat(&self.read)?;
+        // Only a FIFO has a write end; a file or a device ends by itself.
+        let fifo = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_fifo();
+        if fifo && matches!(*keep, Keep::Pending) && !polled(&self.read).contains(PollFlags::HUP) {
+            *keep = Keep::Open(open_end(&self.path, OFlags::WRONLY)?);
+        }
+        Ok(())
+    }
+}
+
+fn open_end(path: &Path, end: OFlags) -> rustix::io::Result<OwnedFd> {
+    open(path, end | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// What a read would meet, asked of the kernel.
+fn polled(fd: &OwnedFd) -> PollFlags {
+    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+    match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+        Ok(_) => fds[0].revents(),
+        Err(_) => PollFlags::empty(),
     }
 }
 
@@ -73,6 +106,7 @@ enum Source {
 
 impl Input {
     pub(super) fn new(ends: Ends) -> io::Result<Self> {
+        ends.keep()?;
         let source = match super::watched(ends.read, Interest::READABLE) {
             Ok(fd) => Source::Pipe(fd),
             Err(refused) => match refused.into_parts() {
@@ -103,11 +137,10 @@ impl Input {
         }
     }
 
-    /// Whether a read would say something, asked of the kernel: tokio's memory of readiness may be stale, and a guest
+    /// Whether a read would say something: tokio's memory of readiness may be stale, and a guest
     /// that is woken for nothing ten times in a row is trapped by wasmtime.
     fn has_news(&self) -> bool {
-        let mut fds = [PollFd::new(self.fd(), PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+        !polled(self.fd()).is_empty()
     }
 
     fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
@@ -172,5 +205,70 @@ impl AsyncRead for Reader {
                 return Poll::Ready(Ok(()));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use rustix::fs::{CWD, FileType, mknodat};
+
+    use super::*;
+
+    fn fifo() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stdin");
+        mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        (dir, path)
+    }
+
+    fn client(path: &Path) -> std::fs::File {
+        std::fs::File::options().write(true).open(path).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_client_that_detaches_is_no_end_of_file_until_close_io() {
+        let (_dir, path) = fifo();
+        let ends = Ends::open(&path).unwrap();
+        let (keeper, mut client) = (ends.keeper(), client(&path));
+        let input = Input::new(ends).unwrap();
+        client.write_all(b"one").unwrap();
+        drop(client);
+        assert_eq!(input.read(10).unwrap().unwrap(), "one");
+        assert_eq!(input.read(10).unwrap(), None, "detached");
+        keeper.close();
+        keeper.close();
+        assert_eq!(input.read(10).unwrap().unwrap(), "", "closed");
+    }
+
+    #[tokio::test]
+    async fn input_that_ended_before_the_start_has_an_end() {
+        let (_dir, path) = fifo();
+        let ends = Ends::open(&path).unwrap();
+        client(&path).write_all(b"one").unwrap();
+        let input = Input::new(ends).unwrap();
+        assert_eq!(input.read(10).unwrap().unwrap(), "one");
+        assert_eq!(input.read(10).unwrap().unwrap(), "");
+    }
+
+    #[tokio::test]
+    async fn a_client_may_come_after_the_start() {
+        let (_dir, path) = fifo();
+        let input = Input::new(Ends::open(&path).unwrap()).unwrap();
+        assert_eq!(input.read(10).unwrap(), None);
+        client(&path).write_all(b"late").unwrap();
+        assert_eq!(input.read(10).unwrap().unwrap(), "late");
+    }
+
+    #[tokio::test]
+    async fn close_io_before_the_start_is_remembered() {
+        let (_dir, path) = fifo();
+        let ends = Ends::open(&path).unwrap();
+        ends.keeper().close();
+        let client = client(&path);
+        let input = Input::new(ends).unwrap();
+        drop(client);
+        assert_eq!(input.read(10).unwrap().unwrap(), "");
     }
 }
