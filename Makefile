@@ -32,7 +32,7 @@ check: ## Formatting, lints, documentation and licences; warnings are errors
 test: packages containerds guests ## Install what is missing, then run all tests (root, Debian or Ubuntu)
 	$(TEST) --lib
 	$(TEST) --doc
-	$(TEST) --bins --test '*'
+	$(TEST) --no-fail-fast --bins --test '*'
 
 bench: packages containerds guests ## Measure speed and memory; figures on standard output
 	cargo bench --bench containers

@@ -171,13 +171,15 @@ async fn too_slow_names_the_setting_and_ends_the_worker() {
     let mut fixture = Fixture::new();
     fixture.settings.timeout = Duration::from_millis(300);
     let programs = fixture.programs();
+    let module = slow();
     let start = Instant::now();
-    let error = refusal(&programs, slow()).await;
+    let error = refusal(&programs, module).await;
     assert!(
         matches!(error, LoadError::TooExpensive { .. }) && error.to_string().contains("compile_timeout"),
         "{error}"
     );
-    assert!(start.elapsed() < Duration::from_secs(3), "it took {:?}", start.elapsed());
+    // Far less than compiling it takes, far more than a busy machine adds.
+    assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
     programs.load("/app.wasm", module(1)).await.unwrap();
     assert_eq!(fixture.entries().len(), 1);
 }
