@@ -17,7 +17,7 @@ use crate::common::{Outcome, SOON, guests, wait};
 
 pub const CASES: crate::common::Cases = &[
     ("fifty_containers_run_at_the_same_time", fifty_at_once),
-    ("containers_come_and_go_one_after_another", one_after_another),
+    ("five_hundred_containers_run_one_after_another", one_after_another),
     ("a_hundred_containers_live_in_one_process", a_hundred_alive),
 ];
 
@@ -38,13 +38,17 @@ fn fifty_at_once(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("fifty");
     let first = client.guest("/kit.wasm", &["sleep", "0"])?.detached()?;
     let mut jobs: Vec<(usize, Job)> = Vec::new();
+    // Should a case fail, they take their containers with them.
+    let mut handles = Vec::new();
     for number in 0..50 {
         let (file, words) = match number % 2 {
             0 => ("/kit.wasm", ["exit-after".to_owned(), "500".to_owned(), number.to_string()]),
             _ => ("/kit-component.wasm", ["echo".to_owned(), "number".to_owned(), number.to_string()]),
         };
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        jobs.push((number, client.guest(file, &words)?.spawn()?));
+        let run = client.guest(file, &words)?;
+        handles.push(run.handle());
+        jobs.push((number, run.spawn()?));
     }
     for (number, job) in jobs {
         let done = job.finish(LONG)?;
@@ -59,9 +63,11 @@ fn fifty_at_once(containerd: &Containerd) -> Outcome {
 
 fn one_after_another(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("serial");
-    for number in 0..100 {
-        let code = number % 256;
-        client.guest("/kit.wasm", &["exit", &code.to_string()])?.expect(code)?;
+    let runs = [0, 1, 42, 255].map(|code| Ok((code, client.guest("/kit.wasm", &["exit", &code.to_string()])?)));
+    let runs = runs.into_iter().collect::<Result<Vec<_>>>()?;
+    for number in 0..500 {
+        let (code, run) = &runs[number % runs.len()];
+        run.clone().id(&format!("s{number}")).expect(*code)?;
     }
     client.expect_empty()
 }

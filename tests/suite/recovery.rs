@@ -1,7 +1,7 @@
 //! After the worst: containerd away more than once, the daemon killed, both at the same time. No output, exit or event
 //! is lost that could be kept, and nothing stays of what could not.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,8 +10,9 @@ use rustix::process::Signal;
 
 use crate::common::containerd::Containerd;
 use crate::common::ctr::{Client, Container};
+use crate::common::job::Collected;
 use crate::common::recorder::Recorder;
-use crate::common::shim::Shim;
+use crate::common::shim::{self, Shim};
 use crate::common::{Outcome, SOON, base, guests, proc, wait};
 
 pub const CASES: crate::common::Cases = &[
@@ -20,7 +21,10 @@ pub const CASES: crate::common::Cases = &[
     ("a_daemon_killed_while_containerd_is_away", both_gone),
 ];
 
-pub const BARE: crate::common::BareCases = &[("events_wait_for_containerd_in_order", events_wait)];
+pub const BARE: crate::common::BareCases = &[
+    ("events_wait_for_containerd_in_order", events_wait),
+    ("a_reader_that_comes_late_gets_everything", late_reader),
+];
 
 const NAMESPACE: &str = "recovery";
 const SIGTERM: u32 = 15;
@@ -145,6 +149,29 @@ fn bundles(own: &Containerd) -> Result<Vec<PathBuf>> {
     // Without one the folder goes as well.
     let Ok(entries) = fs::read_dir(folder) else { return Ok(Vec::new()) };
     entries.map(|entry| Ok(entry?.path())).collect()
+}
+
+/// The clients of containerd open their ends of the FIFOs when they get to it; a guest may be gone before.
+fn late_reader() -> Outcome {
+    let shim = Shim::new("recovery-late")?;
+    for (number, kit) in ["kit.wasm", "kit-component.wasm"].into_iter().enumerate() {
+        let bundle = shim.bundle(&format!("late{number}"), &guests::built(kit)?, &["both", "10"])?;
+        let streams = ["out", "err"].map(|name| bundle.folder.join(name));
+        streams.iter().try_for_each(|path| shim::fifo(path))?;
+        let task = shim.task(&bundle)?;
+        task.create_with(|request| {
+            [request.stdout, request.stderr] = streams.clone().map(|path| path.display().to_string());
+        })?;
+        task.start()?;
+        std::thread::sleep(Duration::from_millis(300));
+        let readers = streams.iter().map(|path| Ok(Collected::follow(File::open(path)?))).collect::<Result<Vec<_>>>()?;
+        for (reader, word) in readers.iter().zip(["out", "err"]) {
+            reader.wait_text(&format!("{word} 10\n"), SOON)?;
+        }
+        ensure!(task.wait()? == 0);
+        task.delete()?;
+    }
+    shim.expect_end()
 }
 
 /// The lives of containers that came and went while nobody took events.

@@ -46,7 +46,7 @@ impl Run {
         // A reader that stalls holds up the end of its own container only, and a signal ends the wait.
         tokio::select! {
             biased;
-            () = streams.drain() => {}
+            () = streams.finish() => {}
             _ = killed(signal) => {}
         }
         outcome

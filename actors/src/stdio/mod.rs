@@ -9,6 +9,7 @@
 //! [`output::CHUNK`] bytes; both ends of a FIFO stay open, so that a reader may leave and come back (detach, attach) and
 //! nobody dies of EPIPE. A stalled reader stalls its own guest and nobody else.
 
+mod handover;
 mod input;
 mod output;
 
@@ -102,10 +103,17 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// Waits until everything the guest wrote has left our hands.
-    pub async fn drain(&self) {
-        self.stdout.drain().await;
-        self.stderr.drain().await;
+    /// Ends the streams: waits until everything the guest wrote has left our hands and is in those of a reader.
+    pub async fn finish(self) {
+        tokio::join!(finish(self.stdout), finish(self.stderr));
+    }
+}
+
+async fn finish(output: Arc<Output>) {
+    output.drain().await;
+    // Nobody else has it any more: the guest's store is gone.
+    if let Some(fifo) = Arc::into_inner(output).and_then(Output::into_fifo) {
+        handover::hand_over(fifo).await;
     }
 }
 

@@ -73,6 +73,14 @@ impl Output {
         }
     }
 
+    /// Both ends of its FIFO, if it is one.
+    pub(super) fn into_fifo(self) -> Option<OwnedFd> {
+        match self.target {
+            Target::Pipe(fd) => Some(fd.into_inner()),
+            Target::Null | Target::File(_) => None,
+        }
+    }
+
     async fn drain_pipe(&self, fd: &AsyncFd<OwnedFd>) {
         while self.is_pending() {
             match fd.writable().await {
