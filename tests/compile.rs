@@ -171,9 +171,9 @@ async fn too_slow_names_the_setting_and_ends_the_worker() {
     let mut fixture = Fixture::new();
     fixture.settings.timeout = Duration::from_millis(300);
     let programs = fixture.programs();
-    let module = slow();
+    let large = slow();
     let start = Instant::now();
-    let error = refusal(&programs, module).await;
+    let error = refusal(&programs, large).await;
     assert!(
         matches!(error, LoadError::TooExpensive { .. }) && error.to_string().contains("compile_timeout"),
         "{error}"
