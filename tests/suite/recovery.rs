@@ -21,10 +21,8 @@ pub const CASES: crate::common::Cases = &[
     ("a_daemon_killed_while_containerd_is_away", both_gone),
 ];
 
-pub const BARE: crate::common::BareCases = &[
-    ("events_wait_for_containerd_in_order", events_wait),
-    ("a_reader_that_comes_late_gets_everything", late_reader),
-];
+pub const BARE: crate::common::BareCases =
+    &[("events_wait_for_containerd_in_order", events_wait), ("a_reader_that_comes_late_gets_everything", late_reader)];
 
 const NAMESPACE: &str = "recovery";
 const SIGTERM: u32 = 15;
@@ -164,7 +162,8 @@ fn late_reader() -> Outcome {
         })?;
         task.start()?;
         std::thread::sleep(Duration::from_millis(300));
-        let readers = streams.iter().map(|path| Ok(Collected::follow(File::open(path)?))).collect::<Result<Vec<_>>>()?;
+        let readers =
+            streams.iter().map(|path| Ok(Collected::follow(File::open(path)?))).collect::<Result<Vec<_>>>()?;
         for (reader, word) in readers.iter().zip(["out", "err"]) {
             reader.wait_text(&format!("{word} 10\n"), SOON)?;
         }
