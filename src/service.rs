@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! main thread    actix system: ttrpc server, supervisor, containers, events, signals      (control)
-//! guest threads  tokio, one a core: guests, their streams                                 (data)
+//! guest threads  tokio, two a core and more: guests, their streams                        (data)
 //! epoch thread   ticks while a guest runs;  anchor threads: one a container, parked
 //! ```
 //! Control has a thread of its own, so that no guest, whatever it does, delays an answer to containerd. The daemon leaves
@@ -234,10 +234,17 @@ fn compile_settings(settings: &Settings) -> CompileSettings {
 fn guests() -> Result<Runtime> {
     Builder::new_multi_thread()
         .thread_name("guest")
+        .worker_threads(guest_threads())
         .event_interval(4)
         .enable_all()
         .build()
         .context("the guests' runtime")
+}
+
+/// More than cores: what the tick cannot interrupt (`memory.fill` of a gigabyte, its page faults) holds a thread for long,
+/// and with threads to spare the kernel shares the cores among them. An idle one costs a few kilobytes.
+fn guest_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(2).max(8)
 }
 
 /// As many descriptors as we may have: every container takes some.
