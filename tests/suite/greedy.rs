@@ -15,6 +15,7 @@ pub const CASES: crate::common::Cases = &[
     ("spinners_are_killed_promptly_beside_each_other", spinners),
     ("a_host_call_that_asks_for_random_without_end", random),
     ("a_component_asks_for_more_random_than_there_is", random_of_component),
+    ("an_instruction_that_no_tick_interrupts", filling),
     ("three_outputs_that_nobody_reads_cost_no_memory", stalled),
 ];
 
@@ -115,6 +116,17 @@ fn random_of_component(containerd: &Containerd) -> Outcome {
             ensure!(done.code == Some(134) || done.code == Some(1), "{done:?}");
         }
         Ok(())
+    })
+}
+
+/// As many as there are cores, and one more; without threads to spare the neighbour's median is 300 ms.
+fn filling(containerd: &Containerd) -> Outcome {
+    let client = containerd.namespace("filling");
+    beside(&client, || {
+        let filling = (0..3).map(|_| client.guest("/fill.wasm", &[])?.detached());
+        let filling = filling.collect::<Result<Vec<_>>>()?;
+        thread::sleep(Duration::from_secs(2));
+        killed(filling).map(drop)
     })
 }
 
