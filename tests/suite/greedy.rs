@@ -28,6 +28,15 @@ const USUAL: Duration = Duration::from_millis(30);
 
 /// Lets a healthy container tick while the others do their worst, and looks at its ticks afterwards.
 fn beside(client: &Client<'_>, act: impl FnOnce() -> Outcome) -> Outcome {
+    beside_within(client, USUAL, WORST, act)
+}
+
+fn beside_within(
+    client: &Client<'_>,
+    most_within: Duration,
+    all_within: Duration,
+    act: impl FnOnce() -> Outcome,
+) -> Outcome {
     let run = client.guest("/kit.wasm", &["tick", "10"])?;
     let job = run.spawn()?;
     // Until the end: a handle that goes out of scope removes its container.
@@ -44,7 +53,11 @@ fn beside(client: &Client<'_>, act: impl FnOnce() -> Outcome) -> Outcome {
     during.sort_unstable();
     let worst = during.last().copied().context("no tick at all")?;
     let usual = during[during.len() * 9 / 10];
-    ensure!(worst < WORST && usual < USUAL, "of {} ticks 90 % took {usual:?}, the worst {worst:?}", during.len());
+    ensure!(
+        worst < all_within && usual < most_within,
+        "of {} ticks 90 % took {usual:?}, the worst {worst:?}",
+        during.len()
+    );
     client.expect_empty()
 }
 
@@ -122,7 +135,8 @@ fn random_of_component(containerd: &Containerd) -> Outcome {
 /// As many as there are cores, and one more; without threads to spare the neighbour's median is 300 ms.
 fn filling(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("filling");
-    beside(&client, || {
+    // Page faults of a gigabyte and a half are the kernel's, and the whole machine feels them.
+    beside_within(&client, Duration::from_millis(150), Duration::from_secs(1), || {
         let filling = (0..3).map(|_| client.guest("/fill.wasm", &[])?.detached());
         let filling = filling.collect::<Result<Vec<_>>>()?;
         thread::sleep(Duration::from_secs(2));
