@@ -14,6 +14,7 @@ pub const CASES: crate::common::Cases = &[
     ("arguments_arrive_as_given", arguments),
     ("the_environment_is_the_containers_only", environment),
     ("stdin_is_copied_and_ends", stdin),
+    ("input_that_ended_early_ends", early_end),
     ("stdin_arrives_while_the_guest_runs", interactive),
     ("stdout_and_stderr_are_apart", apart),
     ("ten_mebibytes_are_complete_at_exit", large),
@@ -63,6 +64,17 @@ fn stdin(containerd: &Containerd) -> Outcome {
         job.write(&input)?;
         let done = job.finish(SOON)?;
         ensure!(done.code == Some(0) && done.stdout == input, "{} of {} bytes", done.stdout.len(), input.len());
+    }
+    Ok(())
+}
+
+/// `ctr` forgets to say so when its input ends before the task is there.
+fn early_end(containerd: &Containerd) -> Outcome {
+    for kit in KITS {
+        let mut job = client(containerd).guest(kit, &["cat"])?.spawn()?;
+        job.write(b"short")?;
+        let done = job.finish(SOON)?;
+        ensure!(done.code == Some(0) && done.stdout == b"short", "{done:?}");
     }
     Ok(())
 }
