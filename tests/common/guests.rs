@@ -8,8 +8,16 @@ use anyhow::{Context, Result, bail};
 use super::base;
 
 /// The guests that Rust builds.
-pub const BUILT: [&str; 6] =
-    ["hello.wasm", "hello-component.wasm", "kit.wasm", "kit-component.wasm", "exports.wasm", "exports-component.wasm"];
+pub const BUILT: [&str; 8] = [
+    "hello.wasm",
+    "hello-component.wasm",
+    "kit.wasm",
+    "kit-component.wasm",
+    "exports.wasm",
+    "exports-component.wasm",
+    "hello-http.wasm",
+    "web.wasm",
+];
 
 /// The file of a built guest.
 pub fn built(name: &str) -> Result<PathBuf> {

@@ -3,9 +3,12 @@
 #
 #     tests/guests/build.sh          progress on stderr; the last line, alone on stdout, is the folder of the outputs
 #
-# Outputs, modules for WASI preview 1 and components for WASI 0.2:
-#     hello.wasm  kit.wasm  exports.wasm  hello-component.wasm  kit-component.wasm  exports-component.wasm
-# What each can do is in the header of its `src/main.rs`. The text files of `wat/` need no building: tests compile them.
+# Outputs:
+#     hello.wasm  kit.wasm  exports.wasm       programs, modules for WASI preview 1
+#     hello-component.wasm …                   the same three as components for WASI 0.2
+#     hello-http.wasm  web.wasm                HTTP servers, components for WASI 0.2
+# What each can do is in the header of its `src/main.rs` or `src/lib.rs`. The text files of `wat/` need no building: tests
+# compile them.
 #
 # Settings, from the environment:
 #     TROUPE_GUESTS          the folder, never one under git          default: ~/.cache/troupe/guests
@@ -22,7 +25,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${TROUPE_GUESTS:-${HOME:?set HOME or TROUPE_GUESTS}/.cache/troupe/guests}
 want=${TROUPE_GUESTS_TARGET:-auto}
 target=wasm32-wasip1
-guests=(exports hello kit)
+programs=(exports hello kit)
+libraries=(hello-http web)
 packages=(rustc-web cargo-web rust-web-src wasi-libc lld)
 debian_libc=/usr/lib/wasm32-wasi
 cannot="no target $target here, and rustup cannot add it"
@@ -52,37 +56,37 @@ main() {
 
 # Everything the outputs depend on but the compiler: an update of Rust is no reason to build them again.
 fingerprint() {
-    (cd "$here" && find build.sh Cargo.toml Cargo.lock "${guests[@]}" realloc componentize -type f -print0 |
+    (cd "$here" && find build.sh Cargo.toml Cargo.lock "${programs[@]}" "${libraries[@]}" realloc componentize -type f -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
 }
 
 is_current() {
     local guest
     [ "$(cat "$out/.sources" 2>/dev/null)" = "$1" ] || return 1
-    for guest in "${guests[@]}"; do
-        [ -s "$out/$guest.wasm" ] && [ -s "$out/$guest-component.wasm" ] || return 1
+    for guest in "${programs[@]}" "${programs[@]/%/-component}" "${libraries[@]}"; do
+        [ -s "$out/$guest.wasm" ] || return 1
     done
 }
 
 build_modules() {
-    local built guest
+    local guest
     case $want in
     auto) if has_target; then want=installed; else say "$cannot: taking Debian's Rust" && want=debian; fi ;;
     installed) has_target || { say "$cannot"; exit 1; } ;;
     debian) ;;
     *) say "TROUPE_GUESTS_TARGET is '$want'; it can be auto, installed or debian" && exit 1 ;;
     esac
-    built=$out/.build/$want
+    modules=$out/.build/$want/$target/release
     if [ "$want" = debian ]; then
         need_packages
-        say "building ${guests[*]} for $target with $(/usr/bin/rustc --version), standard library included (minutes at first)"
-        cargo_debian "$built"
+        say "building for $target with $(/usr/bin/rustc --version), standard library included (minutes at first)"
+        cargo_debian
     else
-        say "building ${guests[*]} for $target with $(cd "$here" && rustc --version)"
-        (cd "$here" && cargo build --release --locked --target "$target" --target-dir "$built") >&2 9>&-
+        say "building for $target with $(cd "$here" && rustc --version)"
+        (cd "$here" && cargo build --release --locked --target "$target" --target-dir "$out/.build/$want") >&2 9>&-
     fi
-    for guest in "${guests[@]}"; do
-        cp "$built/$target/release/$guest.wasm" "$out/.$guest.unfinished"
+    for guest in "${programs[@]}"; do
+        cp "$modules/$guest.wasm" "$out/.$guest.unfinished"
         mv "$out/.$guest.unfinished" "$out/$guest.wasm"
     done
 }
@@ -102,12 +106,24 @@ target_is_there() {
     compgen -G "$folder/libstd-*.rlib" >/dev/null
 }
 
+# How a module begins is the one difference between programs and libraries, and only what is linked last may know of it:
+# flags for everything would build the standard library twice.
 cargo_debian() {
-    local flags='"-Clink-self-contained=no", "-L'$debian_libc'", "-Clinker=/usr/bin/wasm-ld",'
-    flags+=' "-Clink-arg='$debian_libc'/crt1-command.o", "-Clink-arg=-lc"'
+    local guest
+    for guest in "${programs[@]}"; do
+        debian_rustc --package "$guest" --bin "$guest" -- "-Clink-arg=$debian_libc/crt1-command.o"
+    done
+    for guest in "${libraries[@]}"; do
+        debian_rustc --package "$guest" --lib -- "-Clink-arg=$debian_libc/crt1-reactor.o"
+    done
+}
+
+debian_rustc() {
+    local flags='"-Clink-self-contained=no", "-L'$debian_libc'", "-Clinker=/usr/bin/wasm-ld", "-Clink-arg=-lc"'
     # RUSTC_BOOTSTRAP: building the standard library is not yet for a stable compiler, and this one is used for no more.
-    (cd "$here" && RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 /usr/bin/cargo build --release --locked --target "$target" \
-        --target-dir "$1" -Zbuild-std=std,panic_abort --config "target.$target.rustflags=[$flags]") >&2 9>&-
+    (cd "$here" && RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 /usr/bin/cargo rustc --release --locked --target "$target" \
+        --target-dir "$out/.build/debian" -Zbuild-std=std,panic_abort --config "target.$target.rustflags=[$flags]" \
+        "$@") >&2 9>&-
 }
 
 need_packages() {
@@ -137,10 +153,14 @@ build_components() {
     command -v cargo >/dev/null || cargo=/usr/bin/cargo
     say "building componentize and the components"
     (cd "$here/componentize" && "$cargo" build --locked --target-dir "$out/.build/host") >&2 9>&-
-    for guest in "${guests[@]}"; do
+    for guest in "${programs[@]}"; do
         local world=()
         [ -f "$here/$guest/$guest.wit" ] && world=("$here/$guest/$guest.wit")
         "$tool" new "$out/$guest.wasm" "$out/$guest-component.wasm" "${world[@]}" >&2
+    done
+    for guest in "${libraries[@]}"; do
+        # Cargo names the file of a library after the crate, and a crate's name has no hyphen.
+        "$tool" new "$modules/${guest//-/_}.wasm" "$out/$guest.wasm" >&2
     done
     "$tool" check "$out"/*.wasm >&2
 }

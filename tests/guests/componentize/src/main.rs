@@ -1,9 +1,12 @@
-//! Makes a WASI 0.2 command component of a preview-1 module, and checks what it made. `build.sh` calls it.
+//! Makes a component of a preview-1 module, and checks what it made. `build.sh` calls it.
 //!
 //!     componentize new MODULE COMPONENT [WIT]    WIT: a file with one world, the exports besides `wasi:cli/run`
 //!     componentize check FILE...                 validates; a line for each: size, memory and exports
 //!
-//!     module ──► + section "component-type" of WIT ──► + preview-1 command adapter ──► component ──► validated
+//!     module ──► + section "component-type" of WIT ──► + preview-1 adapter ──► component ──► validated
+//!
+//! The adapter is the command's, which exports `wasi:cli/run`, where the module has a `_start`; else it is a library that
+//! exports what its own bindings say, and gets the reactor's.
 //!
 //! No file is written before its contents are valid, and then under another name first: nobody reads half of one.
 use std::env;
@@ -13,7 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use wasi_preview1_component_adapter_provider::{
-    WASI_SNAPSHOT_PREVIEW1_ADAPTER_NAME, WASI_SNAPSHOT_PREVIEW1_COMMAND_ADAPTER,
+    WASI_SNAPSHOT_PREVIEW1_ADAPTER_NAME, WASI_SNAPSHOT_PREVIEW1_COMMAND_ADAPTER, WASI_SNAPSHOT_PREVIEW1_REACTOR_ADAPTER,
 };
 use wasmparser::{Encoding, Parser, Payload, Validator, WasmFeatures};
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
@@ -60,11 +63,29 @@ fn embed(module: &mut Vec<u8>, wit: &Path) -> Result<()> {
 }
 
 fn encode(module: &[u8]) -> Result<Vec<u8>> {
+    let adapter = if exports_start(module)? {
+        WASI_SNAPSHOT_PREVIEW1_COMMAND_ADAPTER
+    } else {
+        WASI_SNAPSHOT_PREVIEW1_REACTOR_ADAPTER
+    };
     ComponentEncoder::default()
         .module(module)?
-        .adapter(WASI_SNAPSHOT_PREVIEW1_ADAPTER_NAME, WASI_SNAPSHOT_PREVIEW1_COMMAND_ADAPTER)?
+        .adapter(WASI_SNAPSHOT_PREVIEW1_ADAPTER_NAME, adapter)?
         .validate(true)
         .encode()
+}
+
+fn exports_start(module: &[u8]) -> Result<bool> {
+    for payload in Parser::new(0).parse_all(module) {
+        if let Payload::ExportSection(section) = payload? {
+            for export in section {
+                if export?.name == "_start" {
+                    return Ok(true);
+                }
+            }
+        }
+    }
+    Ok(false)
 }
 
 fn check(file: &Path) -> Result<()> {
