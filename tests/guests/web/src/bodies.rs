@@ -12,12 +12,14 @@ const CHUNK: usize = 64 * 1024;
 /// A prime, so that a piece of the pattern that is lost or moved shows.
 const PATTERN: usize = 251;
 
-/// Hands back what comes when it comes; the head goes out before the first byte is read.
+/// Hands back what comes when it comes; the head goes out before the first byte is read, and so it says which trailers
+/// are to be expected: those that the request announced.
 pub fn echo(request: &IncomingRequest, out: ResponseOutparam) -> Outcome {
-    let kind = request.headers().get("content-type").pop();
-    let kind =
-        kind.map_or_else(|| "application/octet-stream".into(), |kind| String::from_utf8_lossy(&kind).into_owned());
-    let mut body = begin(out, 200, &[("content-type", &kind)]);
+    let header = |name| request.headers().get(name).pop().map(|value| String::from_utf8_lossy(&value).into_owned());
+    let (kind, trailers) = (header("content-type"), header("trailer"));
+    let mut headers = vec![("content-type", kind.as_deref().unwrap_or("application/octet-stream"))];
+    headers.extend(trailers.as_deref().map(|names| ("trailer", names)));
+    let mut body = begin(out, 200, &headers);
     let trailers = read(request, |piece| {
         body.put(piece)?;
         body.flush()

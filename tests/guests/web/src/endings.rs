@@ -1,6 +1,5 @@
 //! Requests that do not end with a response.
-use std::process;
-
+use wasip2::cli::exit::exit_with_code;
 use wasip2::http::types::{ErrorCode, ResponseOutparam};
 
 use crate::answer::{Outcome, begin};
@@ -14,7 +13,7 @@ pub fn trap() -> ! {
 /// So that an editor, which looks at this for its own machine, finds no mistake.
 #[cfg(not(target_family = "wasm"))]
 pub fn trap() -> ! {
-    process::abort()
+    std::process::abort()
 }
 
 pub fn trap_after_head(out: ResponseOutparam) -> Outcome {
@@ -24,10 +23,10 @@ pub fn trap_after_head(out: ResponseOutparam) -> Outcome {
     trap()
 }
 
-/// `wasi:cli/exit` knows success and failure only: each code but 0 is 1 there.
 pub fn exit(query: &Query, out: ResponseOutparam) -> Outcome {
     let (code, _out) = or_mistake(query.number("code", Some(0)), out)?;
-    process::exit(code)
+    exit_with_code(code);
+    Ok(())
 }
 
 pub fn never(out: ResponseOutparam) -> Outcome {

@@ -1,0 +1,42 @@
+//! An HTTP server for WASI 0.3 (`wasi:http/handler`, asynchronous): what differs from 0.2 in the host has a path here.
+//!
+//!     /  /hello           "hello"                         /inspect            what came, as JSON
+//!     /echo               body and trailers back          /trailers           body, then the trailer x-checksum: abc
+//!     /sleep?ms           waits, then answers             /sleep-after-head?ms
+//!     /spin?ms            the same with the CPU           /after?ms           answers, works on, says so on stdout
+//!     /trap               /trap-after-head                /error              the answer is an error code
+//!     /unfinished         the body ends with an error     /static-counter     how often this instance was asked
+//!
+//! Several requests may run in one instance at the same time; nothing here is shared between them but the counter.
+mod answer;
+mod routes;
+
+use realloc as _;
+use wasip3::http::types::{ErrorCode, Request, Response};
+
+wasip3::http::service::export!(Web);
+
+struct Web;
+
+impl wasip3::exports::http::handler::Guest for Web {
+    async fn handle(request: Request) -> Result<Response, ErrorCode> {
+        let target = request.get_path_with_query().unwrap_or_default();
+        let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+        match path {
+            "/" | "/hello" => Ok(answer::text(200, "hello\n")),
+            "/inspect" => Ok(routes::inspect(&request)),
+            "/echo" => Ok(routes::echo(request)),
+            "/trailers" => Ok(routes::trailers()),
+            "/sleep" => Ok(routes::sleep(query).await),
+            "/sleep-after-head" => Ok(routes::sleep_after_head(query)),
+            "/spin" => Ok(routes::spin(query)),
+            "/after" => Ok(routes::after(query)),
+            "/trap" => routes::trap(),
+            "/trap-after-head" => Ok(routes::trap_after_head()),
+            "/error" => Err(ErrorCode::InternalError(Some("an error on demand".to_owned()))),
+            "/unfinished" => Ok(routes::unfinished()),
+            "/static-counter" => Ok(routes::static_counter()),
+            _ => Ok(answer::text(404, "not found\n")),
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! What the paths do.
+use std::hint::spin_loop;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::{Map, Value, json};
+use wasip3::cli::environment::get_environment;
+use wasip3::clocks::monotonic_clock::{now, wait_for};
+use wasip3::http::types::{ErrorCode, Fields, Method, Request, Response, Scheme};
+use wasip3::wit_bindgen::{StreamResult, StreamWriter, spawn_local};
+use wasip3::{wit_future, wit_stream};
+
+use crate::answer::{head, streamed, text, whole};
+
+const CHUNK: usize = 64 * 1024;
+const MILLISECOND: u64 = 1_000_000;
+const PLAIN: &[(&str, &str)] = &[("content-type", "text/plain")];
+
+static ASKED: AtomicU32 = AtomicU32::new(0);
+
+pub fn inspect(request: &Request) -> Response {
+    let headers: Vec<Value> = request
+        .get_headers()
+        .copy_all()
+        .into_iter()
+        .map(|(name, value)| json!([name, String::from_utf8_lossy(&value)]))
+        .collect();
+    let environment: Map<String, Value> =
+        get_environment().into_iter().map(|(key, value)| (key, Value::String(value))).collect();
+    let seen = json!({
+        "method": method(request.get_method()),
+        "scheme": request.get_scheme().map(scheme),
+        "authority": request.get_authority(),
+        "path_with_query": request.get_path_with_query(),
+        "headers": headers,
+        "env": environment,
+    });
+    whole(200, "application/json", &format!("{seen}\n"))
+}
+
+fn method(method: Method) -> String {
+    match method {
+        Method::Other(other) => other,
+        // The names of the others are what Debug says, in capitals.
+        known => format!("{known:?}").trim_start_matches("Method::").to_uppercase(),
+    }
+}
+
+fn scheme(scheme: Scheme) -> String {
+    match scheme {
+        Scheme::Http => "http".to_owned(),
+        Scheme::Https => "https".to_owned(),
+        Scheme::Other(other) => other,
+    }
+}
+
+/// Through the guest's memory, piece by piece; the trailers are handed on unseen.
+pub fn echo(request: Request) -> Response {
+    let declared = request.get_headers().get("trailer").pop().map(|names| String::from_utf8_lossy(&names).into_owned());
+    let mut headers = vec![("content-type", "application/octet-stream")];
+    headers.extend(declared.as_deref().map(|names| ("trailer", names)));
+    let (_, fine) = wit_future::new(|| Ok(()));
+    let (mut from, end) = Request::consume_body(request, fine);
+    let (mut to, contents) = wit_stream::new();
+    spawn_local(async move {
+        loop {
+            let (result, piece) = from.read(Vec::with_capacity(CHUNK)).await;
+            // What comes back is what the reader did not take any more.
+            let taken = to.write_all(piece).await.is_empty();
+            if !taken || !matches!(result, StreamResult::Complete(_)) {
+                return;
+            }
+        }
+    });
+    head(200, &headers, contents, end)
+}
+
+pub fn trailers() -> Response {
+    streamed(200, &[("content-type", "text/plain"), ("trailer", "x-checksum")], async |mut body| {
+        body.write_all(b"body\n".to_vec()).await;
+        let trailers = Fields::from_list(&[("x-checksum".to_owned(), b"abc".to_vec())]);
+        Ok(Some(trailers.expect("trailers that are valid")))
+    })
+}
+
+pub async fn sleep(query: &str) -> Response {
+    let Some(ms) = ms(query) else { return no_ms() };
+    wait_for(ms).await;
+    text(200, "slept\n")
+}
+
+pub fn sleep_after_head(query: &str) -> Response {
+    let Some(ms) = ms(query) else { return no_ms() };
+    streamed(200, PLAIN, async move |mut body: StreamWriter<u8>| {
+        body.write_all(b"first\n".to_vec()).await;
+        wait_for(ms).await;
+        body.write_all(b"second\n".to_vec()).await;
+        Ok(None)
+    })
+}
+
+/// Without `ms` it never ends.
+pub fn spin(query: &str) -> Response {
+    let time = if query.is_empty() { Some(u64::MAX) } else { ms(query) };
+    let Some(time) = time else { return no_ms() };
+    let start = now();
+    while now().saturating_sub(start) < time {
+        (0..100_000_u32).for_each(|turn| {
+            std::hint::black_box(turn);
+            spin_loop();
+        });
+    }
+    text(200, "spun\n")
+}
+
+pub fn after(query: &str) -> Response {
+    let Some(ms) = ms(query) else { return no_ms() };
+    spawn_local(async move {
+        wait_for(ms).await;
+        println!("after done");
+    });
+    text(200, "done\n")
+}
+
+#[cfg(target_family = "wasm")]
+pub fn trap() -> ! {
+    core::arch::wasm32::unreachable()
+}
+
+/// So that an editor, which looks at this for its own machine, finds no mistake.
+#[cfg(not(target_family = "wasm"))]
+pub fn trap() -> ! {
+    std::process::abort()
+}
+
+pub fn trap_after_head() -> Response {
+    streamed(200, PLAIN, async |mut body| {
+        body.write_all(b"first\n".to_vec()).await;
+        trap()
+    })
+}
+
+pub fn unfinished() -> Response {
+    streamed(200, PLAIN, async |mut body| {
+        body.write_all(b"chunk\n".to_vec()).await;
+        Err(ErrorCode::InternalError(Some("a body without its end, on demand".to_owned())))
+    })
+}
+
+pub fn static_counter() -> Response {
+    let asked = ASKED.fetch_add(1, Ordering::Relaxed) + 1;
+    text(200, &format!("{asked}\n"))
+}
+
+/// The one parameter there is, in nanoseconds.
+fn ms(query: &str) -> Option<u64> {
+    query.strip_prefix("ms=")?.parse::<u64>().ok().map(|ms| ms.saturating_mul(MILLISECOND))
+}
+
+fn no_ms() -> Response {
+    text(400, "`ms=` and a number of milliseconds are missing\n")
+}
