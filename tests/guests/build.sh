@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Builds the wasm programs of tests, demo and benches from source (`make guests` calls it).
 #
-#     tests/guests/build.sh          progress on stderr; the last line, alone on stdout, is the folder of the outputs
+#     tests/guests/build.sh [rust] [js] [py]
 #
-# Outputs:
-#     hello.wasm  kit.wasm  exports.wasm       programs, modules for WASI preview 1
-#     hello-component.wasm …                   the same three as components for WASI 0.2
-#     hello-http.wasm  web.wasm                HTTP servers, components for WASI 0.2
-# What each can do is in the header of its `src/main.rs` or `src/lib.rs`. The text files of `wat/` need no building: tests
-# compile them.
+# Without an argument all of them. Progress is on stderr; the last line, alone on stdout, is the folder of the outputs:
+#
+#     rust   hello.wasm  kit.wasm  exports.wasm       programs, modules for WASI preview 1
+#            hello-component.wasm …                   the same three as components for WASI 0.2
+#            hello-http.wasm  web.wasm                HTTP servers, components for WASI 0.2
+#            cli3.wasm  web3.wasm                     a program and an HTTP server, components for WASI 0.3
+#     js     js.wasm                                  an HTTP server by another toolchain (others.sh)
+#     py     py.wasm                                  and by a third
+#
+# What each can do is in the header of its first source file. The text files of `wat/` need no building: tests compile
+# them.
 #
 # Settings, from the environment:
 #     TROUPE_GUESTS          the folder, never one under git          default: ~/.cache/troupe/guests
@@ -17,7 +22,7 @@
 #         debian:    Debian's rustc-web builds the standard library for it; packages are installed when missing
 #         auto:      the first, and the second where the first cannot be had
 #
-# Nothing is done when the sources are those of the last build. Runs at the same time wait for each other, and each
+# Nothing is done where the sources are those of the last build. Runs at the same time wait for each other, and each
 # output appears under its name in one step, complete.
 set -euo pipefail
 
@@ -27,9 +32,12 @@ want=${TROUPE_GUESTS_TARGET:-auto}
 target=wasm32-wasip1
 programs=(exports hello kit)
 libraries=(cli3 hello-http web web3)
-packages=(rustc-web cargo-web rust-web-src wasi-libc lld)
 debian_libc=/usr/lib/wasm32-wasi
 cannot="no target $target here, and rustup cannot add it"
+
+# The other toolchains: build_js, build_py.
+# shellcheck source=others.sh
+. "$here/others.sh"
 
 main() {
     mkdir -p "$out"
@@ -39,33 +47,45 @@ main() {
         say "another run builds into $out: waiting for it"
         flock 9
     fi
-    local sources
-    sources=$(fingerprint)
-    if is_current "$sources"; then
-        say "up to date"
-    else
-        # An inherited setting must not decide what the guests are built with or where they go.
-        unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET CARGO_TARGET_DIR RUSTC RUSTC_WRAPPER
-        rm -f "$out/.sources"
-        build_modules
-        build_components
-        echo "$sources" >"$out/.sources"
-    fi
+    # An inherited setting must not decide what the guests are built with or where they go.
+    unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET CARGO_TARGET_DIR RUSTC RUSTC_WRAPPER
+    unset NODE_OPTIONS PYTHONHOME PYTHONPATH VIRTUAL_ENV
+    local kind
+    [ $# -gt 0 ] || set -- rust js py
+    for kind; do
+        case $kind in
+        rust) unless_current rust "${programs[*]} ${programs[*]/%/-component} ${libraries[*]}" \
+            build.sh Cargo.toml Cargo.lock "${programs[@]}" "${libraries[@]}" realloc componentize ;;
+        js | py) unless_current "$kind" "$kind" others.sh "$kind" wit ;;
+        *) say "there is nothing called '$kind'; it can be rust, js or py" && exit 1 ;;
+        esac
+    done
     echo "$out"
 }
 
-# Everything the outputs depend on but the compiler: an update of Rust is no reason to build them again.
-fingerprint() {
-    (cd "$here" && find build.sh Cargo.toml Cargo.lock "${programs[@]}" "${libraries[@]}" realloc componentize -type f -print0 |
-        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+# unless_current KIND OUTPUTS SOURCE...: calls build_KIND where an output is missing or a source has changed. What it is
+# built with does not count: an update of Rust is no reason to build everything again.
+unless_current() {
+    local kind=$1 outputs=$2 sources output
+    shift 2
+    sources=$(cd "$here" && find "$@" -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+    if [ "$(cat "$out/.sources-$kind" 2>/dev/null)" = "$sources" ]; then
+        for output in $outputs; do
+            [ -s "$out/$output.wasm" ] || sources=
+        done
+        if [ -n "$sources" ]; then
+            say "$kind: up to date"
+            return
+        fi
+    fi
+    rm -f "$out/.sources-$kind"
+    "build_$kind"
+    echo "$sources" >"$out/.sources-$kind"
 }
 
-is_current() {
-    local guest
-    [ "$(cat "$out/.sources" 2>/dev/null)" = "$1" ] || return 1
-    for guest in "${programs[@]}" "${programs[@]/%/-component}" "${libraries[@]}"; do
-        [ -s "$out/$guest.wasm" ] || return 1
-    done
+build_rust() {
+    build_modules
+    build_components
 }
 
 build_modules() {
@@ -78,7 +98,9 @@ build_modules() {
     esac
     modules=$out/.build/$want/$target/release
     if [ "$want" = debian ]; then
-        need_packages
+        need_packages 'Rust with the sources of its library, WASI'"'s C library and linker" \
+            "install a Rust with the target $target, e.g. https://rustup.rs" \
+            rustc-web cargo-web rust-web-src wasi-libc lld
         say "building for $target with $(/usr/bin/rustc --version), standard library included (minutes at first)"
         cargo_debian
     else
@@ -126,15 +148,17 @@ debian_rustc() {
         "$@") >&2 9>&-
 }
 
+# need_packages WHAT OTHERWISE PACKAGE...: what they are for, and what to do where they cannot be had.
 need_packages() {
-    local missing=() package
-    for package in "${packages[@]}"; do
+    local what=$1 otherwise=$2 missing=() package
+    shift 2
+    for package; do
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
-    say "missing: ${missing[*]} (Rust with the sources of its library, WASI's C library and linker)"
+    say "missing: ${missing[*]} ($what)"
     if ! command -v apt-get >/dev/null; then
-        say "this is no Debian; install a Rust with the target $target, e.g. https://rustup.rs, and run this again"
+        say "this is no Debian; $otherwise, and run this again"
         exit 1
     elif [ "$(id -u)" != 0 ]; then
         say "installing needs root; run this, then try again:  sudo apt-get install ${missing[*]}"
@@ -143,30 +167,37 @@ need_packages() {
     say "apt-get install ${missing[*]}"
     apt-get update >&2 9>&- || say "apt-get update failed; trying with the lists there are"
     if ! DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${missing[@]}" >&2 9>&-; then
-        say "apt-get cannot install them; install a Rust with the target $target, e.g. https://rustup.rs, and run this again"
+        say "apt-get cannot install them; $otherwise, and run this again"
         exit 1
     fi
 }
 
 build_components() {
-    local tool=$out/.build/host/debug/componentize cargo=cargo guest
-    command -v cargo >/dev/null || cargo=/usr/bin/cargo
-    say "building componentize and the components"
-    (cd "$here/componentize" && "$cargo" build --locked --target-dir "$out/.build/host") >&2 9>&-
+    local guest world
+    build_tool
     for guest in "${programs[@]}"; do
-        local world=()
+        world=()
         [ -f "$here/$guest/$guest.wit" ] && world=("$here/$guest/$guest.wit")
         "$tool" new "$out/$guest.wasm" "$out/$guest-component.wasm" "${world[@]}" >&2
+        "$tool" check "$out/$guest.wasm" "$out/$guest-component.wasm" >&2
     done
     for guest in "${libraries[@]}"; do
         # Cargo names the file of a library after the crate, and a crate's name has no hyphen.
         "$tool" new "$modules/${guest//-/_}.wasm" "$out/$guest.wasm" >&2
+        "$tool" check "$out/$guest.wasm" >&2
     done
-    "$tool" check "$out"/*.wasm >&2
+}
+
+# The host program that makes components and checks them.
+build_tool() {
+    local cargo=cargo
+    command -v cargo >/dev/null || cargo=/usr/bin/cargo
+    tool=$out/.build/host/debug/componentize
+    (cd "$here/componentize" && "$cargo" build --locked --target-dir "$out/.build/host") >&2 9>&-
 }
 
 say() {
     echo "guests: $*" >&2
 }
 
-main
+main "$@"
