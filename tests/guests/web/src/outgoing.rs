@@ -65,11 +65,16 @@ fn download(upstream: &IncomingResponse, upload: &mut Upload, out: ResponseOutpa
     let answer = upstream.consume().expect("the body, which is taken once");
     let from = answer.stream().expect("the stream, which is taken once");
     let mut pump = Pump::default();
-    while !pump.step(&from, body.stream())? {
+    loop {
+        upload.step();
+        if pump.step(&from, body.stream())? {
+            break;
+        }
+        // Children of the streams: they are gone before the next step may drop one.
         let waits = [Some(pump.waits_for(&from, body.stream())), upload.waits_for()];
         poll(&waits.iter().flatten().collect::<Vec<_>>());
-        upload.step();
     }
+    drop(from);
     body.finish(None);
     Ok(())
 }
