@@ -36,7 +36,7 @@ debian_libc=/usr/lib/wasm32-wasi
 cannot="no target $target here, and rustup cannot add it"
 
 # The other toolchains: build_js, build_py.
-# shellcheck source=others.sh
+# shellcheck source-path=SCRIPTDIR source=others.sh
 . "$here/others.sh"
 
 main() {
