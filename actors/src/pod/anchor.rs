@@ -1,29 +1,68 @@
 //! The anchor: one parked OS thread that has entered a pod's namespaces. Its thread id is the task's pid.
 //!
-//! `/proc/<tid>/ns/net` is the pod's network to containerd, to CNI, to `nsenter` and to native sidecars. The thread runs
-//! nothing: it is a name for namespaces, and it ends when its [`Anchor`] is dropped. Only the container's preparation
-//! makes one.
+//! `/proc/<tid>/ns/net` is the pod's network to containerd, to CNI, to `nsenter` and to native sidecars. The thread is a
+//! name for namespaces, and the place where sockets of the pod's network are made (see [`Network`]): it wakes up for a
+//! few system calls and parks again. It ends when its [`Anchor`] is dropped, whoever still holds a [`Door`] to it. Only the
+//! container's preparation makes one.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, gettid, move_into_link_name_space, unshare_unsafe};
+use tokio::sync::oneshot;
 
+use super::sockets::Network;
 use crate::bundle::{Namespace, Namespaces};
 use crate::error::{Error, Result};
 
-/// Enough for a thread that parks; the kernel asks for 16 KiB at least, and only touched pages count.
-const STACK: usize = 64 << 10;
+/// Enough to make a socket and to log; the kernel asks for 16 KiB at least, and only touched pages count.
+const STACK: usize = 256 << 10;
 
 /// A parked thread inside the namespaces of a pod.
 #[derive(Debug)]
 pub struct Anchor {
     tid: u32,
-    /// Closed to end the thread.
-    release: Option<mpsc::Sender<()>>,
+    door: Door,
+    /// The network is the host's: nobody needs the thread to make sockets.
+    on_host: bool,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Something to do inside the namespaces: some system calls that do not block.
+type Job = Box<dyn FnOnce() + Send>;
+
+/// What wakes the thread up.
+enum Order {
+    Run(Job),
+    End,
+}
+
+/// A way into the namespaces of a pod. It does not keep them: after the [`Anchor`] is gone it leads nowhere.
+#[derive(Debug, Clone)]
+pub(super) struct Door(mpsc::Sender<Order>);
+
+impl Door {
+    /// Runs `job` on the anchor's thread. It must not block: the whole pod waits.
+    ///
+    /// # Errors
+    /// `NotConnected` when the pod is gone.
+    pub(super) async fn run<T, F>(&self, job: F) -> std::io::Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        let gone = || std::io::Error::new(std::io::ErrorKind::NotConnected, "the pod is gone");
+        let (answer, answered) = oneshot::channel();
+        let job = Box::new(move || {
+            // An error means that the caller has left; what the job made is closed by the drop.
+            drop(answer.send(job()));
+        });
+        self.0.send(Order::Run(job)).map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())
+    }
 }
 
 impl Anchor {
@@ -35,7 +74,8 @@ impl Anchor {
     pub fn start(namespaces: &Namespaces, hostname: Option<&str>) -> Result<Self> {
         let (namespaces, hostname) = (namespaces.clone(), hostname.map(str::to_owned));
         let (ready, entered) = mpsc::sync_channel(1);
-        let (release, released) = mpsc::channel();
+        let on_host = namespaces.network == Namespace::Host;
+        let (door, orders) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("anchor".into())
             .stack_size(STACK)
@@ -43,15 +83,14 @@ impl Anchor {
                 let result = enter(&namespaces, hostname.as_deref());
                 let inside = result.is_ok();
                 let tid = gettid().as_raw_nonzero().get().unsigned_abs();
-                // Nobody listens only if the creator is gone, and then `released` is closed as well.
+                // Nobody listens only if the creator is gone, and then nobody gives orders either.
                 if ready.send(result.map(|()| tid)).is_ok() && inside {
-                    // Parked until the sender is dropped.
-                    let _closed = released.recv();
+                    obey(&orders);
                 }
             })
             .map_err(|e| Error::host("start the pod's anchor thread", e))?;
         match entered.recv() {
-            Ok(Ok(tid)) => Ok(Self { tid, release: Some(release), thread: Some(thread) }),
+            Ok(Ok(tid)) => Ok(Self { tid, door: Door(door), on_host, thread: Some(thread) }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::Internal("the pod's anchor thread died".into())),
         }
@@ -61,15 +100,30 @@ impl Anchor {
     pub fn tid(&self) -> u32 {
         self.tid
     }
+
+    /// The pod's network, to make sockets in.
+    pub fn network(&self) -> Network {
+        if self.on_host { Network::host() } else { Network::behind(self.door.clone()) }
+    }
 }
 
 impl Drop for Anchor {
     /// Ends the thread and waits for it, so that "deleted" means gone; it only has to wake up. Blocks shortly: drop it
     /// on a blocking thread.
     fn drop(&mut self) {
-        drop(self.release.take());
+        // An error means that the thread has ended already.
+        drop(self.door.0.send(Order::End));
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!(tid = self.tid, "an anchor thread panicked");
+        }
+    }
+}
+
+/// Parks until there is something to do, until the end. A panic must not take the pod's namespaces away.
+fn obey(orders: &mpsc::Receiver<Order>) {
+    while let Ok(Order::Run(job)) = orders.recv() {
+        if catch_unwind(AssertUnwindSafe(job)).is_err() {
+            tracing::error!("a job on a pod's anchor thread panicked");
         }
     }
 }
@@ -118,6 +172,25 @@ mod tests {
         assert!(Path::new(&task).exists());
         drop(anchor);
         assert!(!Path::new(&task).exists());
+    }
+
+    #[tokio::test]
+    async fn a_job_runs_on_the_thread_and_a_panic_in_one_harms_nobody() {
+        let anchor = Anchor::start(&Namespaces::default(), None).unwrap();
+        let tid = || gettid().as_raw_nonzero().get().unsigned_abs();
+        assert_eq!(anchor.door.run(tid).await.unwrap(), anchor.tid());
+        let panicked = anchor.door.run(|| panic!("on purpose")).await;
+        assert!(panicked.is_err());
+        assert_eq!(anchor.door.run(tid).await.unwrap(), anchor.tid());
+    }
+
+    #[tokio::test]
+    async fn a_door_does_not_keep_the_thread() {
+        let anchor = Anchor::start(&Namespaces::default(), None).unwrap();
+        let (door, task) = (anchor.door.clone(), format!("/proc/self/task/{}", anchor.tid()));
+        tokio::task::spawn_blocking(move || drop(anchor)).await.unwrap();
+        assert!(!Path::new(&task).exists());
+        assert_eq!(door.run(|| ()).await.unwrap_err().to_string(), "the pod is gone");
     }
 
     #[test]
