@@ -85,6 +85,11 @@ pub fn start(level: Option<LogLevel>, debug: bool) -> Sinks {
     if log.try_init().is_err() {
         eprintln!("troupe: the log is set up already");
     }
+    // A panic of ours ends no more than a task, and stderr leads nowhere: the log is where its cause can be found.
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        tracing::error!(thread = thread.name(), %panic, "a panic: please report it");
+    }));
     sinks
 }
 

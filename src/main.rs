@@ -29,7 +29,6 @@ mod socket;
 mod start;
 mod status;
 mod task;
-mod units;
 
 use std::env;
 use std::ffi::OsString;

@@ -7,6 +7,7 @@
 //! Invariant: units are types from here on, a key that is set is either understood or an error, and all mistakes are
 //! told at once. Called by `start` only; the daemon receives the parsed value through its launch arguments.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,10 +18,9 @@ use containerd_shim::protos::protobuf::CodedInputStream;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use troupe_actors::Settings;
+use troupe_actors::{HttpSettings, Settings, parse_bytes, parse_duration};
 
 use crate::group::GroupKind;
-use crate::units::{parse_bytes, parse_duration};
 
 /// The keys of this shim, in the order the README lists them.
 const KEYS: [&str; 8] = [
@@ -76,6 +76,9 @@ pub struct Options {
     pub compile_memory: u64,
     /// Largest wasm file that is read and compiled, in bytes.
     pub max_module_size: u64,
+    /// What servers are told unless they say otherwise: checked texts, by their keys.
+    #[serde(default)]
+    pub http: BTreeMap<String, String>,
     /// What the daemon logs; without it, containerd's own level decides.
     pub log_level: Option<LogLevel>,
 }
@@ -93,7 +96,7 @@ pub enum LogLevel {
 
 impl Default for Options {
     fn default() -> Self {
-        let Settings { cache_dir, compile_timeout, compile_memory, max_module_size, idle_timeout, drain_timeout } =
+        let Settings { cache_dir, compile_timeout, compile_memory, max_module_size, idle_timeout, drain_timeout, http } =
             Settings::default();
         Self {
             group: GroupKind::default(),
@@ -103,6 +106,7 @@ impl Default for Options {
             compile_timeout,
             compile_memory,
             max_module_size,
+            http,
             log_level: None,
         }
     }
@@ -126,6 +130,7 @@ impl Options {
             max_module_size: self.max_module_size,
             idle_timeout: self.idle_timeout,
             drain_timeout: self.drain_timeout,
+            http: self.http.clone(),
         }
     }
 
@@ -175,7 +180,26 @@ impl Options {
                 );
             }
             foreign if FOREIGN_KEYS.iter().any(|known| known.eq_ignore_ascii_case(foreign)) => {}
-            _ => bail!("`{key}` is unknown; known are {}", KEYS.join(", ")),
+            _ => self.set_http(key, value)?,
+        }
+        Ok(())
+    }
+}
+
+impl Options {
+    /// A setting of servers, under the name of its environment variable.
+    fn set_http(&mut self, key: &str, value: &Value) -> Result<()> {
+        let text = match value {
+            Value::Integer(number) => number.to_string(),
+            other => string(other).with_context(|| format!("`{key}`"))?.to_owned(),
+        };
+        match HttpSettings::check_option(key, &text) {
+            Some(Ok(())) => drop(self.http.insert(key.to_owned(), text)),
+            Some(Err(why)) => bail!("`{key}`: {text:?}: {why}"),
+            None => {
+                let known: Vec<_> = KEYS.into_iter().map(str::to_owned).chain(HttpSettings::option_keys()).collect();
+                bail!("`{key}` is unknown; known are {}", known.join(", "));
+            }
         }
         Ok(())
     }

@@ -118,7 +118,7 @@ impl Daemon {
         let service = TaskService {
             supervisor: supervisor.clone(),
             namespace: args.namespace.clone(),
-            max_module_size: settings.max_module_size,
+            settings: Arc::new(settings.clone()),
             log,
             cgroup_v2: metrics::host_has_cgroup_v2(),
         };

@@ -5,6 +5,7 @@
 //! and never waits for an actor.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use actix::Addr;
 use async_trait::async_trait;
@@ -20,7 +21,8 @@ use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use containerd_shim_protos::ttrpc::{self, Result};
 use tokio::sync::oneshot;
 use troupe_actors::{
-    Blueprint, ContainerId, Create, Delete, Error, Find, Handle, Kill, Mount, Phase, Start, StdioPaths, Supervisor,
+    Blueprint, ContainerId, Create, Delete, Error, Find, Handle, Kill, Mount, Phase, Settings, Start, StdioPaths,
+    Supervisor,
 };
 
 use crate::events::timestamp;
@@ -37,7 +39,7 @@ pub struct TaskService {
     pub supervisor: Addr<Supervisor>,
     /// Namespace of a call that names none.
     pub namespace: String,
-    pub max_module_size: u64,
+    pub settings: Arc<Settings>,
     pub log: Sinks,
     pub cgroup_v2: bool,
 }
@@ -72,7 +74,7 @@ impl Task for TaskService {
         let bundle = Path::new(&request.bundle);
         self.log.attach(bundle);
         let id = self.id(ctx, &request.id);
-        let created = self.ask(Create { id, blueprint: blueprint(&request, self.max_module_size) }).await;
+        let created = self.ask(Create { id, blueprint: blueprint(&request, Arc::clone(&self.settings)) }).await;
         if created.is_err() {
             self.log.detach(bundle);
         }
@@ -201,7 +203,7 @@ fn no_exec(exec_id: &str) -> Result<()> {
     }
 }
 
-fn blueprint(request: &CreateTaskRequest, max_module_size: u64) -> Blueprint {
+fn blueprint(request: &CreateTaskRequest, settings: Arc<Settings>) -> Blueprint {
     let mount = |mount: &containerd_shim_protos::api::Mount| Mount {
         kind: mount.type_.clone(),
         source: mount.source.clone(),
@@ -216,6 +218,6 @@ fn blueprint(request: &CreateTaskRequest, max_module_size: u64) -> Blueprint {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         },
-        max_module_size,
+        settings,
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use troupe_actors::guest::{Code, CompileSettings, Engines, LoadError, Programs};
+use troupe_actors::guest::{Bounds, Code, CompileSettings, Engines, LoadError, Programs};
 
 const WORKER: &str = env!("CARGO_BIN_EXE_containerd-shim-wasmtime-v1");
 
@@ -40,7 +40,7 @@ impl Fixture {
 
     /// As if in a process of its own: nothing is shared but the folder.
     fn programs(&self) -> Programs<Code> {
-        Programs::new(Engines::new(), self.settings.clone(), |_, code| Ok(code))
+        Programs::new(Engines::new(), self.settings.clone(), |_, _, code| Ok(code))
     }
 
     fn entries(&self) -> Vec<PathBuf> {
@@ -68,7 +68,7 @@ fn slow() -> Vec<u8> {
 }
 
 async fn refusal(programs: &Programs<Code>, wasm: impl Into<Vec<u8>>) -> LoadError {
-    programs.load("/app.wasm", wasm.into()).await.err().expect("it should be refused")
+    programs.load("/app.wasm", wasm.into(), Bounds::default()).await.err().expect("it should be refused")
 }
 
 /// Children of this test process.
@@ -99,8 +99,11 @@ async fn a_second_process_maps_what_the_first_compiled() {
     let component = wat::parse_str("(component (core module (func)))").unwrap();
     for _ in 0..2 {
         let programs = fixture.programs();
-        assert!(matches!(*programs.load("/m.wasm", module(1)).await.unwrap(), Code::Module(_)));
-        assert!(matches!(*programs.load("/c.wasm", component.clone()).await.unwrap(), Code::Component(_)));
+        assert!(matches!(*programs.load("/m.wasm", module(1), Bounds::default()).await.unwrap(), Code::Module(_)));
+        assert!(matches!(
+            *programs.load("/c.wasm", component.clone(), Bounds::default()).await.unwrap(),
+            Code::Component(_)
+        ));
         programs.close().await;
     }
     assert_eq!(fixture.runs(), 2);
@@ -114,7 +117,9 @@ async fn however_many_ask_at_once_it_is_compiled_once_and_shared() {
     let asking: Vec<_> = (0..20)
         .map(|number| {
             let programs = programs.clone();
-            tokio::spawn(async move { programs.load("/app.wasm", module(number % 5)).await.unwrap() })
+            tokio::spawn(
+                async move { programs.load("/app.wasm", module(number % 5), Bounds::default()).await.unwrap() },
+            )
         })
         .collect();
     let mut loaded = Vec::new();
@@ -124,7 +129,7 @@ async fn however_many_ask_at_once_it_is_compiled_once_and_shared() {
     assert!(loaded.iter().enumerate().all(|(number, program)| Arc::ptr_eq(program, &loaded[number % 5])));
     assert_eq!(fixture.runs(), 5);
     drop(loaded);
-    programs.load("/app.wasm", module(0)).await.unwrap();
+    programs.load("/app.wasm", module(0), Bounds::default()).await.unwrap();
     assert_eq!(fixture.runs(), 5, "a program nobody holds comes from the cache");
 }
 
@@ -142,14 +147,14 @@ async fn damaged_entries_are_compiled_again() {
         },
         |path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o000)).unwrap(),
     ];
-    fixture.programs().load("/app.wasm", module(1)).await.unwrap();
+    fixture.programs().load("/app.wasm", module(1), Bounds::default()).await.unwrap();
     for (number, damage) in damages.into_iter().enumerate() {
         let [entry] = &fixture.entries()[..] else { panic!("one entry expected") };
         damage(entry);
-        fixture.programs().load("/app.wasm", module(1)).await.unwrap();
+        fixture.programs().load("/app.wasm", module(1), Bounds::default()).await.unwrap();
         // Root reads a file without permissions as well.
         assert_eq!(fixture.runs(), 2 + number.min(2), "damage {number}");
-        fixture.programs().load("/app.wasm", module(1)).await.unwrap();
+        fixture.programs().load("/app.wasm", module(1), Bounds::default()).await.unwrap();
         assert_eq!(fixture.runs(), 2 + number.min(2), "after damage {number}");
     }
 }
@@ -180,7 +185,7 @@ async fn too_slow_names_the_setting_and_ends_the_worker() {
     );
     // Far less than compiling it takes, far more than a busy machine adds.
     assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
-    programs.load("/app.wasm", module(1)).await.unwrap();
+    programs.load("/app.wasm", module(1), Bounds::default()).await.unwrap();
     assert_eq!(fixture.entries().len(), 1);
 }
 
@@ -191,7 +196,7 @@ async fn too_much_memory_names_the_setting() {
     let programs = fixture.programs();
     let error = refusal(&programs, slow()).await;
     assert!(matches!(error, LoadError::TooExpensive { .. }) && error.to_string().contains("compile_memory"), "{error}");
-    programs.load("/app.wasm", module(1)).await.unwrap();
+    programs.load("/app.wasm", module(1), Bounds::default()).await.unwrap();
 }
 
 #[tokio::test]
@@ -199,7 +204,10 @@ async fn a_worker_that_dies_is_the_error_of_one() {
     let fixture = Fixture::scripted("grep -q die /proc/self/fd/0 && kill -9 $$; exec $REAL \"$@\"");
     let programs = fixture.programs();
     let dying = wat::parse_str("(module (func (export \"die\")))").unwrap();
-    let (dead, living) = tokio::join!(programs.load("/dead.wasm", dying), programs.load("/app.wasm", module(1)));
+    let (dead, living) = tokio::join!(
+        programs.load("/dead.wasm", dying, Bounds::default()),
+        programs.load("/app.wasm", module(1), Bounds::default())
+    );
     let error = dead.err().unwrap();
     assert!(matches!(error, LoadError::Internal { .. }) && error.to_string().contains("signal 9"), "{error}");
     living.unwrap();
@@ -218,11 +226,13 @@ async fn a_worker_that_floods_its_error_pipe_is_cut_short_not_waited_for() {
 async fn a_caller_who_leaves_stops_nothing_and_the_end_stops_all() {
     let fixture = Fixture::scripted("sleep 0.2; exec $REAL \"$@\"");
     let programs = fixture.programs();
-    let left = tokio::time::timeout(Duration::from_millis(50), programs.load("/app.wasm", module(1))).await;
+    let left =
+        tokio::time::timeout(Duration::from_millis(50), programs.load("/app.wasm", module(1), Bounds::default())).await;
     drop(left);
-    programs.load("/app.wasm", module(1)).await.unwrap();
+    programs.load("/app.wasm", module(1), Bounds::default()).await.unwrap();
 
-    let left = tokio::time::timeout(Duration::from_millis(500), programs.load("/slow.wasm", slow())).await;
+    let left =
+        tokio::time::timeout(Duration::from_millis(500), programs.load("/slow.wasm", slow(), Bounds::default())).await;
     assert!(left.is_err(), "the slow module should not be ready");
     let start = Instant::now();
     programs.close().await;
@@ -234,7 +244,7 @@ async fn a_caller_who_leaves_stops_nothing_and_the_end_stops_all() {
 async fn without_a_usable_folder_programs_run_from_memory() {
     let mut fixture = Fixture::new();
     fixture.settings.cache_dir = "/proc/none/cache".into();
-    fixture.programs().load("/app.wasm", module(1)).await.unwrap();
+    fixture.programs().load("/app.wasm", module(1), Bounds::default()).await.unwrap();
 }
 
 #[tokio::test]
@@ -252,7 +262,7 @@ async fn the_worker_holds_nothing_of_the_host() {
     let programs = Arc::new(fixture.programs());
     let loading = tokio::spawn({
         let programs = programs.clone();
-        async move { programs.load("/slow.wasm", slow()).await.map(drop) }
+        async move { programs.load("/slow.wasm", slow(), Bounds::default()).await.map(drop) }
     });
     let status = loop {
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -276,7 +286,8 @@ async fn the_worker_holds_nothing_of_the_host() {
 async fn no_worker_outlives_its_programs() {
     let fixture = Fixture::new();
     let programs = fixture.programs();
-    let left = tokio::time::timeout(Duration::from_millis(400), programs.load("/slow.wasm", slow())).await;
+    let left =
+        tokio::time::timeout(Duration::from_millis(400), programs.load("/slow.wasm", slow(), Bounds::default())).await;
     assert!(left.is_err());
     programs.close().await;
     // Other tests of this process have workers of their own; they come and go.

@@ -3,6 +3,7 @@
 //! What the OCI runtime spec (v1.2, config.md and config-linux.md) says and WebAssembly has no notion of (capabilities,
 //! seccomp, rlimits, devices) is left out here, in one place.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
@@ -33,6 +34,10 @@ pub struct Bundle {
     pub namespaces: Namespaces,
     /// Memory limit in bytes; `None` is unlimited.
     pub memory_limit: Option<u64>,
+    /// Annotations of the container.
+    pub annotations: HashMap<String, String>,
+    /// The file that the spec mounts over /etc/hosts, on the host.
+    pub hosts: Option<PathBuf>,
 }
 
 /// What the spec says of one namespace.
@@ -108,6 +113,8 @@ impl Bundle {
             hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
             namespaces: namespaces(spec),
             memory_limit: memory_limit(spec),
+            annotations: spec.annotations().clone().unwrap_or_default(),
+            hosts: source_of(spec, "/etc/hosts"),
         })
     }
 }
@@ -128,6 +135,11 @@ fn volume(spec: &Spec) -> Option<String> {
     };
     let mut mounts = spec.mounts().iter().flatten();
     mounts.find(|mount| is_bind(mount) && !is_usual(mount)).map(|mount| mount.destination().display().to_string())
+}
+
+fn source_of(spec: &Spec, destination: &str) -> Option<PathBuf> {
+    let mut mounts = spec.mounts().iter().flatten();
+    mounts.find(|mount| mount.destination() == Path::new(destination))?.source().clone()
 }
 
 fn environment(process: &Process) -> Result<Vec<(String, String)>> {

@@ -1,5 +1,6 @@
 //! Settings of the process, already parsed: units are types, defaults are here and nowhere else.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ pub struct Settings {
     pub idle_timeout: Duration,
     /// How long containers have to end after SIGTERM to the daemon before they are cut off.
     pub drain_timeout: Duration,
+    /// What servers are told unless they say otherwise, by the keys of the runtime options (`http_…`).
+    pub http: BTreeMap<String, String>,
 }
 
 impl Default for Settings {
@@ -29,6 +32,7 @@ impl Default for Settings {
             max_module_size: 256 << 20,
             idle_timeout: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(10),
+            http: BTreeMap::new(),
         }
     }
 }

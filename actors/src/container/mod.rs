@@ -8,6 +8,7 @@ mod messages;
 mod prepare;
 mod program;
 mod state;
+mod work;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,11 +24,13 @@ pub use state::{Exit, Phase};
 use crate::ContainerId;
 use crate::error::{Error, Result};
 use crate::event::{EventKind, Events};
-use crate::guest::{Budget, CpuTime, Outcome, Run, Stage};
+use crate::guest::{Budget, CpuTime, Outcome, Stage};
+use crate::signals::Signals;
 use crate::stdio::{Keeper, StdioPaths};
 use messages::Ended;
 use prepare::Held;
 use state::{Killed, State};
+use work::Work;
 
 /// Exit code of a container that was deleted before it ran: as if killed.
 const NEVER_RAN: u32 = 137;
@@ -99,9 +102,9 @@ pub struct Container {
     handle: Handle,
     state: State,
     phase: watch::Sender<Phase>,
-    signal: watch::Sender<u8>,
+    signals: watch::Sender<Signals>,
     /// Taken by the start.
-    run: Option<Run>,
+    work: Option<Work>,
     held: Option<Held>,
     stage: Arc<Stage>,
     events: Events,
@@ -110,10 +113,10 @@ pub struct Container {
 impl Container {
     /// A created container out of what was prepared, and what the world may know of it.
     pub fn new(id: ContainerId, blueprint: Blueprint, prepared: Prepared, stage: Arc<Stage>, events: Events) -> Self {
-        let Prepared { program, entry, environment, stdio, stdin, budget, cpu, held } = prepared;
+        let Prepared { work, stdin, budget, cpu, held } = prepared;
         let state = State::new(id.clone());
         let (phase, phase_seen) = watch::channel(state.phase());
-        let (signal, signal_seen) = watch::channel(0);
+        let signals = watch::Sender::new(Signals::default());
         let handle = Handle {
             id,
             bundle: blueprint.bundle,
@@ -121,11 +124,10 @@ impl Container {
             pid: held.anchor.tid(),
             phase: phase_seen,
             stdin,
-            budget: Arc::clone(&budget),
-            cpu: Arc::clone(&cpu),
+            budget,
+            cpu,
         };
-        let run = Run { program, entry, environment, stdio, budget, cpu, signal: signal_seen };
-        Self { handle, state, phase, signal, run: Some(run), held: Some(held), stage, events }
+        Self { handle, state, phase, signals, work: Some(work), held: Some(held), stage, events }
     }
 
     /// What the world may know of it.
@@ -153,12 +155,17 @@ impl Handler<Start> for Container {
 
     fn handle(&mut self, _: Start, ctx: &mut Context<Self>) -> Result<()> {
         self.state.start()?;
-        let run = self.run.take().ok_or_else(|| Error::Internal("a container was started without a program".into()))?;
+        let work = self.work.take().ok_or_else(|| Error::Internal("a container was started without its work".into()));
+        let guest = match work.and_then(|work| work.begin(&self.stage, self.signals.subscribe())) {
+            Ok(guest) => guest,
+            Err(error) => {
+                self.state.not_started();
+                return Err(error);
+            }
+        };
         self.events.tell(&self.handle.id, EventKind::Started { pid: self.handle.pid });
         self.phase.send_replace(self.state.phase());
         tracing::info!(container = %self.handle.id, "started");
-        let stage = Arc::clone(&self.stage);
-        let guest = self.stage.runtime.spawn(async move { run.drive(&stage.ticker).await });
         // The guest's task has an owner that awaits it: this future, which lives as long as the actor.
         let ended = async move { guest.await.unwrap_or_else(|error| Outcome::HostFailed(panic_text(error))) };
         ctx.spawn(ended.into_actor(self).map(|outcome, _, ctx| ctx.notify(Ended(outcome))));
@@ -173,13 +180,10 @@ impl Handler<Kill> for Container {
         let result = self.state.kill(kill.signal).map(|killed| match killed {
             Killed::Nothing => {}
             Killed::Unstarted(code) => {
-                self.run = None;
+                self.work = None;
                 self.stopped(code);
             }
-            // The first signal is the one that ends a guest without handlers.
-            Killed::Interrupt(signal) => {
-                self.signal.send_if_modified(|current| *current == 0 && std::mem::replace(current, signal) != signal);
-            }
+            Killed::Interrupt(signal) => self.signals.send_modify(|signals| signals.add(signal)),
         });
         if let Err(error) = kill.reply.send(result) {
             tracing::debug!(container = %self.handle.id, ?error, "nobody waits for the answer to a kill");
@@ -214,7 +218,7 @@ impl Handler<Delete> for Container {
         if let Err(error) = self.state.delete() {
             return Box::pin(actix::fut::ready(Err(error)));
         }
-        self.run = None;
+        self.work = None;
         self.stopped(NEVER_RAN);
         let held = self.held.take();
         let release = async move {

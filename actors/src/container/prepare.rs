@@ -2,13 +2,19 @@
 //!
 //! Runs as a task, never in a handler. What it made is either in the [`Prepared`] it returns or gone again.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::program;
+use super::work::Work;
+use crate::ContainerId;
 use crate::bundle::Bundle;
+use crate::config::Settings;
 use crate::error::{Error, Result};
-use crate::guest::{Budget, CpuTime, Entry, Environment, Program, Stage};
+use crate::guest::{Budget, CpuTime, Entry, Environment, LoadError, Program, Run, Stage};
+use crate::http::outgoing::ClientSettings;
+use crate::http::{self, HttpSettings};
 use crate::mounts::{Mount, RootFs};
 use crate::pod::Anchor;
 use crate::stdio::{Keeper, Stdio, StdioPaths};
@@ -19,16 +25,13 @@ pub struct Blueprint {
     pub bundle: PathBuf,
     pub rootfs: Vec<Mount>,
     pub stdio: StdioPaths,
-    /// Largest wasm file that is read, in bytes.
-    pub max_module_size: u64,
+    /// Of the process: how large a file may be, how servers behave.
+    pub settings: Arc<Settings>,
 }
 
 /// A container that lacks nothing but its start.
 pub struct Prepared {
-    pub program: Arc<Program>,
-    pub entry: Entry,
-    pub environment: Environment,
-    pub stdio: Stdio,
+    pub work: Work,
     pub stdin: Option<Keeper>,
     pub budget: Arc<Budget>,
     pub cpu: Arc<CpuTime>,
@@ -55,31 +58,94 @@ impl Held {
 ///
 /// # Errors
 /// With the file and the cause; nothing is left behind.
-pub async fn prepare(blueprint: Blueprint, stage: &Stage) -> Result<Prepared> {
+pub async fn prepare(id: ContainerId, blueprint: Blueprint, stage: &Stage, http: &http::Common) -> Result<Prepared> {
+    let settings = Arc::clone(&blueprint.settings);
     let (bundle, source, stdio, held) = tokio::task::spawn_blocking(move || on_the_host(&blueprint))
         .await
         .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
-    let loaded = stage.programs.load(&source.name, source.wasm).await.and_then(|program| {
-        let entry = program.entry(source.export.as_deref()).map_err(|e| e.about(&source.name))?;
-        Ok((program, entry))
-    });
-    let (program, entry) = match loaded {
-        Ok(loaded) => loaded,
+    let stdin = stdio.stdin_keeper();
+    let (budget, cpu) = (Budget::new(bundle.memory_limit), Arc::<CpuTime>::default());
+    let parts = Parts { id, bundle, stdio, budget: Arc::clone(&budget), cpu: Arc::clone(&cpu) };
+    match parts.work(source, &settings.http, &held, stage, http).await {
+        Ok(work) => Ok(Prepared { work, stdin, budget, cpu, held }),
         Err(error) => {
             held.release().await;
-            return Err(Error::Program(error.to_string()));
+            Err(error)
         }
-    };
-    let environment = Environment {
-        args: bundle.args,
-        env: bundle.env,
+    }
+}
+
+/// What a container's work is made of.
+struct Parts {
+    id: ContainerId,
+    bundle: Bundle,
+    stdio: Stdio,
+    budget: Arc<Budget>,
+    cpu: Arc<CpuTime>,
+}
+
+impl Parts {
+    async fn work(
+        self,
+        source: program::Source,
+        options: &BTreeMap<String, String>,
+        held: &Held,
+        stage: &Stage,
+        http: &http::Common,
+    ) -> Result<Work> {
+        // A mistake in a server's settings does not concern a command that happens to have such a variable.
+        let settings = HttpSettings::resolve(options, &self.bundle.annotations, &self.bundle.env);
+        let bounds = settings.as_ref().map(|settings| settings.bounds_checks).unwrap_or_default();
+        let refused = |error: LoadError| Error::Program(error.to_string());
+        let program = stage.programs.load(&source.name, source.wasm, bounds).await.map_err(refused)?;
+        let entry = program.entry(source.export.as_deref()).map_err(|e| refused(e.about(&source.name)))?;
+        match entry {
+            Entry::Serve => self.server(program, settings.map_err(Error::Invalid)?, held, http).await,
+            Entry::Export { .. } | Entry::Run | Entry::Function { .. } => {
+                let environment = environment(&self.bundle, held, |_| true);
+                let Self { stdio, budget, cpu, .. } = self;
+                Ok(Work::Command(Box::new(Run { program, entry, environment, stdio, budget, cpu })))
+            }
+        }
+    }
+
+    async fn server(
+        self,
+        program: Arc<Program>,
+        settings: HttpSettings,
+        held: &Held,
+        http: &http::Common,
+    ) -> Result<Work> {
+        let network = held.anchor.network();
+        let socket = network.bind(settings.socket_addr).await?;
+        let workers = http.workers().map_err(|e| Error::host("start the threads that serve connections", e))?;
+        let environment = environment(&self.bundle, held, |name| !HttpSettings::is_variable(name));
+        let certificates = self.bundle.env.iter().find(|(name, _)| name == "SSL_CERT_FILE");
+        let client = ClientSettings {
+            container: self.id.clone(),
+            policy: settings.outgoing.clone(),
+            network,
+            rootfs: environment.root.clone(),
+            hosts: self.bundle.hosts.clone(),
+            certificates: certificates.map(|(_, path)| path.into()),
+        };
+        let Self { id, stdio, budget, cpu, .. } = self;
+        let slots = Arc::clone(&http.slots);
+        let name = id.to_string();
+        let plan = http::Plan { name, settings, program, environment, stdio, budget, cpu, client, workers, slots };
+        Ok(Work::Server(Box::new(plan), socket))
+    }
+}
+
+/// What the guest sees of its container; `shows` decides about its variables.
+fn environment(bundle: &Bundle, held: &Held, shows: impl Fn(&str) -> bool) -> Environment {
+    Environment {
+        args: bundle.args.clone(),
+        env: bundle.env.iter().filter(|(name, _)| shows(name)).cloned().collect(),
         cwd: bundle.cwd.to_string_lossy().into_owned(),
         root: Some(held.rootfs.path().to_owned()),
         readonly: bundle.readonly,
-    };
-    let budget = Budget::new(bundle.memory_limit);
-    let (stdin, cpu) = (stdio.stdin_keeper(), Arc::default());
-    Ok(Prepared { program, entry, environment, stdio, stdin, budget, cpu, held })
+    }
 }
 
 /// The blocking half, cheap refusals first.
@@ -87,7 +153,7 @@ fn on_the_host(blueprint: &Blueprint) -> Result<(Bundle, program::Source, Stdio,
     let bundle = Bundle::load(&blueprint.bundle)?;
     let stdio = Stdio::open(&blueprint.stdio)?;
     let rootfs = RootFs::mount(&bundle.path, &bundle.root, &blueprint.rootfs, bundle.readonly)?;
-    let source = program::read(&bundle, rootfs.path(), blueprint.max_module_size)?;
+    let source = program::read(&bundle, rootfs.path(), blueprint.settings.max_module_size)?;
     let anchor = Anchor::start(&bundle.namespaces, bundle.hostname.as_deref())?;
     Ok((bundle, source, stdio, Held { anchor, rootfs }))
 }

@@ -100,6 +100,8 @@ mod tests {
             hostname: None,
             namespaces: Default::default(),
             memory_limit: None,
+            annotations: Default::default(),
+            hosts: None,
         }
     }
 

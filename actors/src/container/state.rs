@@ -48,7 +48,7 @@ impl Phase {
     }
 }
 
-/// What a signal does to a guest, which has no handlers: the default action of signal(7).
+/// What a signal does to a guest, which has no handlers: the default action of signal(7). A server takes time to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Nothing; only tells whether there is somebody to signal.
@@ -95,6 +95,13 @@ impl State {
                 Ok(())
             }
             Phase::Created | Phase::Running | Phase::Stopped(_) => Err(self.wrong("start")),
+        }
+    }
+
+    /// The start did not come off: back to created, where it can be deleted.
+    pub fn not_started(&mut self) {
+        if self.phase == Phase::Running {
+            self.phase = Phase::Created;
         }
     }
 

@@ -8,18 +8,34 @@
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 use wasmtime::{Config, Engine, InstanceAllocationStrategy, OptLevel, Strategy, WasmBacktraceDetails};
 
 use super::LoadError;
+use super::pool::{self, Reset};
+use super::swap::Watch;
 
 /// What a guest is, as far as the best engine settings depend on it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Kind {
     /// A program that is started once and runs until it returns.
     Command,
+    /// A `wasi:http` 0.2 server: a fresh instance for each request, so that instances have to be cheap.
+    Http(Bounds),
+    /// Anything of WASI 0.3: several calls run in one instance at a time, which costs every call something.
+    Concurrent,
+}
+
+/// How a guest's accesses to its memory are kept inside it: a price at instantiation or one at every access.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Bounds {
+    /// A comparison before each access: heaps grow without a system call.
+    #[default]
+    Explicit,
+    /// Guard pages: accesses are free, and growth is an `mprotect`.
+    Guarded,
 }
 
 impl Kind {
@@ -27,24 +43,32 @@ impl Kind {
     pub(super) fn word(self) -> &'static str {
         match self {
             Self::Command => "command",
+            Self::Http(Bounds::Explicit) => "http",
+            Self::Http(Bounds::Guarded) => "http-guarded",
+            Self::Concurrent => "concurrent",
         }
     }
 
     pub(super) fn from_word(word: &str) -> Option<Self> {
-        [Self::Command].into_iter().find(|kind| kind.word() == word)
+        Self::ALL.into_iter().find(|kind| kind.word() == word)
     }
+
+    const ALL: [Self; 4] = [Self::Command, Self::Http(Bounds::Explicit), Self::Http(Bounds::Guarded), Self::Concurrent];
 }
+
+/// Most of a guest's own stack; as much again remains for the host functions it calls. Only touched pages count.
+const WASM_STACK: usize = 512 << 10;
 
 /// One engine for each kind of guest that was asked for.
 #[derive(Clone, Default)]
 pub struct Engines {
-    made: Arc<Mutex<HashMap<Kind, Made>>>,
+    made: Arc<Mutex<Made>>,
 }
 
-#[derive(Clone)]
+#[derive(Default)]
 struct Made {
-    engine: Engine,
-    fingerprint: [u8; 32],
+    engines: HashMap<(Kind, Reset), Engine>,
+    fingerprints: HashMap<Kind, [u8; 32]>,
 }
 
 impl Engines {
@@ -54,30 +78,50 @@ impl Engines {
 
     /// The engine for this kind of guest, made now if nobody asked before.
     pub fn get(&self, kind: Kind) -> Result<Engine, LoadError> {
-        Ok(self.made_for(kind)?.engine)
+        let reset = match kind {
+            Kind::Http(_) if Watch::get().is_resident() => Reset::Scan,
+            Kind::Command | Kind::Http(_) | Kind::Concurrent => Reset::Remap,
+        };
+        self.engine(kind, reset)
+    }
+
+    /// The one that stays right when pages leave memory (see `pool`); runs the same code.
+    pub(super) fn get_remapping(&self, kind: Kind) -> Result<Engine, LoadError> {
+        self.engine(kind, Reset::Remap)
     }
 
     /// The engines that exist: those whose epochs have to be ticked.
     pub fn made(&self) -> Vec<Engine> {
-        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        made.values().map(|made| made.engine.clone()).collect()
+        self.lock().engines.values().cloned().collect()
     }
 
     /// Everything the compiled code of this kind depends on besides the module: wasmtime's version, settings, CPU features.
     pub(super) fn fingerprint(&self, kind: Kind) -> Result<[u8; 32], LoadError> {
-        Ok(self.made_for(kind)?.fingerprint)
-    }
-
-    fn made_for(&self, kind: Kind) -> Result<Made, LoadError> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(made) = made.get(&kind) {
-            return Ok(made.clone());
+        let mut made = self.lock();
+        if let Some(fingerprint) = made.fingerprints.get(&kind) {
+            return Ok(*fingerprint);
         }
         // The compatibility hash covers the CPU's features only when the engine has a compiler, so one is made for the
         // hash alone and dropped: well under a millisecond, once per kind.
         let fingerprint = fingerprint(&compiling(kind)?);
-        let engine = new_engine(config(kind).enable_compiler(false))?;
-        Ok(made.entry(kind).or_insert(Made { engine, fingerprint }).clone())
+        Ok(*made.fingerprints.entry(kind).or_insert(fingerprint))
+    }
+
+    fn engine(&self, kind: Kind, reset: Reset) -> Result<Engine, LoadError> {
+        let mut made = self.lock();
+        if let Some(engine) = made.engines.get(&(kind, reset)) {
+            return Ok(engine.clone());
+        }
+        let mut config = config(kind);
+        if let Kind::Http(_) = kind {
+            config.allocation_strategy(pool::strategy(reset));
+        }
+        let engine = new_engine(config.enable_compiler(false))?;
+        Ok(made.engines.entry((kind, reset)).or_insert(engine).clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Made> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -93,6 +137,8 @@ fn config(kind: Kind) -> Config {
     let mut config = Config::new();
     match kind {
         Kind::Command => commands(&mut config),
+        Kind::Http(bounds) => servers(&mut config, bounds),
+        Kind::Concurrent => concurrent(&mut config),
     }
     config
         .epoch_interruption(true)
@@ -113,9 +159,29 @@ fn commands(config: &mut Config) {
         .signals_based_traps(true)
         // Data segments are mapped from the cached file: untouched pages of a sleeping guest are shared with the rest.
         .memory_init_cow(true)
-        // Only touched pages of a stack count; half of it remains for the host functions a guest calls.
-        .max_wasm_stack(512 << 10)
-        .async_stack_size(1 << 20);
+        .max_wasm_stack(WASM_STACK)
+        .async_stack_size(2 * WASM_STACK)
+        .concurrency_support(false);
+}
+
+/// What the compiled code of a server depends on; where its instances live is `pool`'s business.
+fn servers(config: &mut Config, bounds: Bounds) {
+    config
+        .memory_init_cow(true)
+        // Bookkeeping for calls that run side by side in one instance: 0.2 has none.
+        .concurrency_support(false)
+        .max_wasm_stack(WASM_STACK)
+        .async_stack_size(2 * WASM_STACK);
+    match bounds {
+        // Only both together let a heap grow without changing the protection of pages.
+        Bounds::Explicit => config.signals_based_traps(false).memory_guard_size(0),
+        Bounds::Guarded => config.signals_based_traps(true),
+    };
+}
+
+fn concurrent(config: &mut Config) {
+    commands(config);
+    config.concurrency_support(true);
 }
 
 fn new_engine(config: &Config) -> Result<Engine, LoadError> {
@@ -160,6 +226,16 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_has_an_engine() {
+        let engines = Engines::new();
+        for kind in Kind::ALL {
+            engines.get(kind).unwrap();
+            engines.get_remapping(kind).unwrap();
+            compiling(kind).unwrap();
+        }
+    }
+
+    #[test]
     fn the_daemon_loads_what_the_worker_compiles_but_compiles_nothing() {
         let daemon = Engines::new().get(Kind::Command).unwrap();
         let code = compiling(Kind::Command).unwrap().precompile_module(b"\0asm\x01\0\0\0").unwrap();
@@ -171,7 +247,9 @@ mod tests {
 
     #[test]
     fn every_kind_is_found_by_its_word() {
-        assert_eq!(Kind::from_word(Kind::Command.word()), Some(Kind::Command));
+        for kind in Kind::ALL {
+            assert_eq!(Kind::from_word(kind.word()), Some(kind));
+        }
         assert_eq!(Kind::from_word("nonsense"), None);
     }
 }

@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 /// Longest time a guest runs before it lets others run, and hears of its own end.
 pub const TICK: Duration = Duration::from_millis(1);
 
+/// Ticks before the thread goes to rest: short requests come and go, and waking it for each would cost more than they do.
+const LINGER: u32 = 20;
+
 /// The ticking thread; ends when dropped.
 #[derive(Debug)]
 pub struct Ticker {
@@ -50,7 +53,7 @@ impl Ticker {
     }
 
     /// Wraps a guest's future: while it is polled the epochs tick, and its CPU time is added to `cpu`.
-    pub fn drive<F: Future>(&self, cpu: Arc<CpuTime>, future: F) -> Driven<F> {
+    pub fn drive<T>(&self, cpu: Arc<CpuTime>, future: impl Future<Output = T> + Send + 'static) -> Driven<T> {
         let thread = self.thread.as_ref().map(|thread| thread.thread().clone());
         Driven { running: Running { shared: Arc::clone(&self.shared), thread }, cpu, future: Box::pin(future) }
     }
@@ -70,10 +73,12 @@ impl Drop for Ticker {
 
 impl Shared {
     fn tick(&self, engines: &Engines) {
+        let mut quiet = 0;
         while !self.stop.load(Ordering::Acquire) {
-            if self.running.load(Ordering::Acquire) == 0 {
+            quiet = if self.running.load(Ordering::Acquire) == 0 { quiet + 1 } else { 0 };
+            if quiet > LINGER {
                 std::thread::park();
-                continue;
+                quiet = 0;
             }
             std::thread::sleep(TICK);
             engines.made().iter().for_each(wasmtime::Engine::increment_epoch);
@@ -97,10 +102,10 @@ impl CpuTime {
 }
 
 /// A guest's future under the tick.
-pub struct Driven<F> {
+pub struct Driven<T> {
     running: Running,
     cpu: Arc<CpuTime>,
-    future: Pin<Box<F>>,
+    future: Pin<Box<dyn Future<Output = T> + Send>>,
 }
 
 struct Running {
@@ -128,10 +133,10 @@ impl Drop for Left<'_> {
     }
 }
 
-impl<F: Future> Future for Driven<F> {
-    type Output = F::Output;
+impl<T> Future for Driven<T> {
+    type Output = T;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         let this = &mut *self;
         let _left = this.running.enter();
         let before = thread_cpu_time();

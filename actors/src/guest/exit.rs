@@ -49,7 +49,14 @@ impl Outcome {
 
     /// What a guest's call came to.
     pub fn of(result: wasmtime::Result<()>) -> Self {
-        let Err(error) = result else { return Self::Exited(0) };
+        match result {
+            Ok(()) => Self::Exited(0),
+            Err(error) => Self::of_error(&error),
+        }
+    }
+
+    /// What an error that ended a guest came to.
+    pub fn of_error(error: &wasmtime::Error) -> Self {
         // Linux keeps the low byte of an exit code.
         if let Some(ProcExit(code)) = error.downcast_ref() {
             return Self::Exited((code & 0xff) as u8);

@@ -3,38 +3,53 @@
 //! ```text
 //!  bytes ─▶ Programs (compile child, cache, map) ─▶ Program ─▶ entry
 //!                                                      │
-//!             Run { environment, stdio, budget } ──────┴─▶ Outcome
+//!             Run { environment, stdio, budget } ──────┼─▶ Outcome
+//!             Serving { host } ── one a request ───────┴─▶ Flight ─▶ Exchange
 //! ```
 //!
-//! Read in this order: `module` (how bytes become a program), `program` (imports and entry), `store`, `run`, `exit`; then
-//! `engine`, `epoch` and `limits`, which keep guests from harming each other.
+//! Read in this order: `module` (how bytes become a program), `program` (imports and entry), `store`, `run`, `exit`; for
+//! servers `proxy` (a request's visit), `visitor` (its store), `exchange` (its answer); then `engine`, `pool`, `epoch` and
+//! `limits`, which keep guests from harming each other.
 
 mod cache;
 mod compile;
 mod engine;
 mod epoch;
+mod exchange;
 mod exit;
 mod failure;
 mod inspect;
 mod limits;
 mod module;
+mod nature;
+mod outgoing;
+mod pool;
 mod program;
+mod proxy;
 mod random;
 mod run;
+mod service;
 mod store;
+mod swap;
+mod visitor;
 mod worker;
 
 use std::sync::Arc;
 
-pub use engine::{Engines, Kind};
+pub use engine::{Bounds, Engines, Kind};
 pub use epoch::{CpuTime, TICK, Ticker};
+pub use exchange::{BodyFault, Exchange, Failure};
 pub use exit::Outcome;
 pub use failure::LoadError;
 pub use limits::Budget;
 pub use module::{Code, CompileSettings, Programs};
+pub use outgoing::Hooks;
+pub use pool::INSTANCES;
 pub use program::{Entry, Program};
+pub use proxy::{Flight, Serving, Step};
 pub use run::Run;
 pub use store::Environment;
+pub use visitor::Host;
 pub use worker::compile_worker;
 
 use crate::error::Result;

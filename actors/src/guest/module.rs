@@ -29,8 +29,9 @@ use wasmtime::{Engine, Module};
 use super::LoadError;
 use super::cache::{Cache, Key};
 use super::compile::{Compiler, sealed};
-use super::engine::{Engines, Kind};
+use super::engine::{Bounds, Engines, Kind};
 use super::inspect::{Format, inspect};
+use super::nature::Nature;
 
 pub use super::compile::CompileSettings;
 
@@ -51,7 +52,7 @@ struct Shared<T> {
     engines: Engines,
     compiler: Compiler,
     permits: Semaphore,
-    link: fn(&Engine, Code) -> Result<T, LoadError>,
+    link: Link<T>,
     table: Mutex<HashMap<Key, Slot<T>>>,
     tasks: TaskTracker,
 }
@@ -61,6 +62,7 @@ enum Slot<T> {
     Loading(Answer<T>),
 }
 
+type Link<T> = fn(&Engines, Kind, Code) -> Result<T, LoadError>;
 type Loaded<T> = Result<Arc<T>, LoadError>;
 /// Empty until the task that loads has an answer; closed without one if the runtime ended it.
 type Answer<T> = watch::Receiver<Option<Loaded<T>>>;
@@ -77,7 +79,7 @@ struct Job {
 
 impl<T: Send + Sync + 'static> Programs<T> {
     /// `link` is called on a blocking thread.
-    pub fn new(engines: Engines, settings: CompileSettings, link: fn(&Engine, Code) -> Result<T, LoadError>) -> Self {
+    pub fn new(engines: Engines, settings: CompileSettings, link: Link<T>) -> Self {
         let permits = Semaphore::new(settings.parallel.max(1));
         let compiler = Compiler::new(settings);
         let (table, tasks) = (Mutex::default(), TaskTracker::new());
@@ -85,9 +87,10 @@ impl<T: Send + Sync + 'static> Programs<T> {
     }
 
     /// The program with these bytes. `name` is what messages call it: its path in the image.
-    pub async fn load(&self, name: &str, wasm: Vec<u8>) -> Result<Arc<T>, LoadError> {
+    /// `bounds` matters to servers only.
+    pub async fn load(&self, name: &str, wasm: Vec<u8>, bounds: Bounds) -> Result<Arc<T>, LoadError> {
         let load = async {
-            let job = self.shared.prepare(name, wasm).await?;
+            let job = self.shared.prepare(name, wasm, bounds).await?;
             match self.shared.claim(job) {
                 Claim::Ready(program) => Ok(program),
                 Claim::Wait(mut answer) => {
@@ -119,11 +122,14 @@ enum Claim<T> {
 }
 
 impl<T: Send + Sync + 'static> Shared<T> {
-    async fn prepare(self: &Arc<Self>, name: &str, wasm: Vec<u8>) -> Result<Job, LoadError> {
+    async fn prepare(self: &Arc<Self>, name: &str, wasm: Vec<u8>, bounds: Bounds) -> Result<Job, LoadError> {
         let (shared, name) = (self.clone(), name.to_owned());
         blocking(move || {
-            let kind = Kind::Command;
             let format = inspect(&wasm, shared.compiler.settings.max_module_size)?;
+            let kind = match format {
+                Format::Module => Kind::Command,
+                Format::Component => Nature::of(&wasm).kind(bounds),
+            };
             let key = key(&wasm, kind, &shared.engines.fingerprint(kind)?);
             Ok(Job { name, key, kind, format, wasm })
         })
@@ -223,7 +229,7 @@ impl<T: Send + Sync + 'static> Shared<T> {
     }
 
     fn link(&self, job: &Job, code: Code) -> Loaded<T> {
-        (self.link)(&self.engines.get(job.kind)?, code).map(Arc::new)
+        (self.link)(&self.engines, job.kind, code).map(Arc::new)
     }
 }
 
@@ -304,10 +310,10 @@ mod tests {
     async fn what_is_refused_at_first_sight_starts_no_worker() {
         let mut settings = CompileSettings::new("/nonexistent/cache");
         settings.worker = "/nonexistent/worker".into();
-        let programs = Programs::new(Engines::new(), settings, |_, _| Ok(()));
-        let error = programs.load("/bin/ls", b"\x7fELF\x02\x01\x01\0".to_vec()).await.unwrap_err();
+        let programs = Programs::new(Engines::new(), settings, |_, _, _| Ok(()));
+        let error = programs.load("/bin/ls", b"\x7fELF\x02\x01\x01\0".to_vec(), Bounds::default()).await.unwrap_err();
         assert!(matches!(error, LoadError::NotWasm { .. }));
-        let error = programs.load("/app.wasm", b"\0asm\x01\0\0\0".to_vec()).await.unwrap_err();
+        let error = programs.load("/app.wasm", b"\0asm\x01\0\0\0".to_vec(), Bounds::default()).await.unwrap_err();
         assert!(error.to_string().contains("worker cannot be started"), "{error}");
         programs.close().await;
     }

@@ -1,13 +1,15 @@
 //! A loaded program: its imports resolved once, shared by every container that runs it.
 
 use wasmtime::component;
-use wasmtime::{Engine, InstancePre, Linker, Module};
+use wasmtime::{InstancePre, Linker, Module};
 use wasmtime_wasi::p1;
 use wasmtime_wasi::p2::bindings::CommandPre;
 
 use super::LoadError;
+use super::engine::{Engines, Kind};
 use super::exit::ProcExit;
 use super::module::Code;
+use super::proxy::Server;
 use super::random;
 use super::store::Guest;
 
@@ -15,8 +17,16 @@ use super::store::Guest;
 pub enum Program {
     /// A WASI preview-1 module.
     Module(InstancePre<Guest>),
-    /// A WASI 0.2 component; `command` when it exports `wasi:cli/run`.
-    Component { pre: component::InstancePre<Guest>, command: Option<CommandPre<Guest>> },
+    /// A component; `command` when it exports `wasi:cli/run`.
+    Component { pre: component::InstancePre<Guest>, command: Option<Command> },
+    /// A component that serves requests.
+    Server(Server),
+}
+
+/// `wasi:cli/run`, of either version.
+pub enum Command {
+    P2(CommandPre<Guest>),
+    P3(wasmtime_wasi::p3::bindings::CommandPre<Guest>),
 }
 
 /// Where a container enters its program, found and checked when it is created.
@@ -28,6 +38,8 @@ pub enum Entry {
     Run,
     /// This function of a component: no arguments, and no result or a `result`.
     Function { index: component::ComponentExportIndex, returns_result: bool },
+    /// Requests, as many as come.
+    Serve,
 }
 
 impl Program {
@@ -35,10 +47,13 @@ impl Program {
     ///
     /// # Errors
     /// `Unlinkable`, naming the import that nobody provides.
-    pub fn link(engine: &Engine, code: Code) -> Result<Self, LoadError> {
+    pub fn link(engines: &Engines, kind: Kind, code: Code) -> Result<Self, LoadError> {
         match code {
-            Code::Module(module) => Self::link_module(engine, &module),
-            Code::Component(component) => Self::link_component(engine, &component),
+            Code::Module(module) => Self::link_module(&module),
+            Code::Component(component) => match Server::link(engines, kind, &component)? {
+                Some(server) => Ok(Self::Server(server)),
+                None => Self::link_component(kind, &component),
+            },
         }
     }
 
@@ -52,11 +67,15 @@ impl Program {
             (Self::Component { command: Some(_), .. }, None) => Ok(Entry::Run),
             (Self::Component { pre, .. }, None) => Err(not_a_command(pre)),
             (Self::Component { pre, .. }, Some(name)) => component_entry(pre, name),
+            (Self::Server(_), None) => Ok(Entry::Serve),
+            (Self::Server(_), Some(name)) => Err(LoadError::unlinkable(format!(
+                "it is a wasi:http server, which is entered by requests; leave out #{name}"
+            ))),
         }
     }
 
-    fn link_module(engine: &Engine, module: &Module) -> Result<Self, LoadError> {
-        let mut linker = Linker::new(engine);
+    fn link_module(module: &Module) -> Result<Self, LoadError> {
+        let mut linker = Linker::new(module.engine());
         let linked = p1::add_to_linker_async(&mut linker, |guest: &mut Guest| guest.wasi()).and_then(|()| {
             linker.allow_shadowing(true);
             // The stock one refuses codes from 126 on.
@@ -75,12 +94,16 @@ impl Program {
         linker.instantiate_pre(module).map(Self::Module).map_err(|e| missing(&e))
     }
 
-    fn link_component(engine: &Engine, component: &component::Component) -> Result<Self, LoadError> {
-        let mut linker = component::Linker::new(engine);
-        wasmtime_wasi::p2::add_to_linker_async(&mut linker)
-            .map_err(|e| LoadError::internal(format!("WASI cannot be linked: {e:#}")))?;
+    fn link_component(kind: Kind, component: &component::Component) -> Result<Self, LoadError> {
+        let mut linker = component::Linker::new(component.engine());
+        let linked = wasmtime_wasi::p2::add_to_linker_async(&mut linker).and_then(|()| match kind {
+            Kind::Concurrent => wasmtime_wasi::p3::add_to_linker(&mut linker),
+            Kind::Command | Kind::Http(_) => Ok(()),
+        });
+        linked.map_err(|e| LoadError::internal(format!("WASI cannot be linked: {e:#}")))?;
         let pre = linker.instantiate_pre(component).map_err(|e| missing(&e))?;
-        let command = CommandPre::new(pre.clone()).ok();
+        let p3 = || wasmtime_wasi::p3::bindings::CommandPre::new(pre.clone()).ok().map(Command::P3);
+        let command = CommandPre::new(pre.clone()).ok().map(Command::P2).or_else(p3);
         Ok(Self::Component { pre, command })
     }
 }
@@ -92,7 +115,7 @@ fn panic_on_purpose() {
     panic!("a host function panics, on purpose");
 }
 
-fn missing(error: &wasmtime::Error) -> LoadError {
+pub(super) fn missing(error: &wasmtime::Error) -> LoadError {
     LoadError::unlinkable(format!("it imports what this runtime does not provide: {error:#}"))
 }
 
@@ -149,13 +172,9 @@ fn not_a_command(pre: &component::InstancePre<Guest>) -> LoadError {
     let engine = pre.engine();
     let ty = pre.component().component_type();
     let names: Vec<String> = ty.exports(engine).map(|(name, _)| name.to_owned()).take(20).collect();
-    if names.iter().any(|name| name.starts_with("wasi:http/")) {
-        return LoadError::unlinkable(
-            "it is a wasi:http server, which this version does not serve yet; it runs components that export wasi:cli/run",
-        );
-    }
     LoadError::unlinkable(format!(
-        "it exports no wasi:cli/run@0.2 to start with; it exports: {}; name a function as app.wasm#function",
+        "it exports neither wasi:cli/run to start with nor a wasi:http handler to serve; it exports: {}; name a function \
+         as app.wasm#function",
         if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
     ))
 }

@@ -9,8 +9,9 @@ use wasmtime::{AsContextMut, Engine, Store};
 use super::epoch::{CpuTime, Ticker};
 use super::exit::{Outcome, RunFailed};
 use super::limits::Budget;
-use super::program::{Entry, Program};
+use super::program::{Command, Entry, Program};
 use super::store::{Environment, Guest, store};
+use crate::signals::Signals;
 use crate::stdio::{Stdio, Streams};
 
 /// Everything a run needs.
@@ -21,23 +22,23 @@ pub struct Run {
     pub stdio: Stdio,
     pub budget: Arc<Budget>,
     pub cpu: Arc<CpuTime>,
-    /// The signal that ends the guest; zero while there is none.
-    pub signal: watch::Receiver<u8>,
 }
 
 impl Run {
     /// Runs the guest to its end. Its store is gone and its output complete when this returns; dropped earlier, both are
     /// cut off.
-    pub async fn drive(self, ticker: &Ticker) -> Outcome {
-        let Self { program, entry, environment, stdio, budget, cpu, signal } = self;
+    /// The first of `signals` ends it.
+    pub async fn drive(self, ticker: &Ticker, signals: watch::Receiver<Signals>) -> Outcome {
+        let Self { program, entry, environment, stdio, budget, cpu } = self;
         let streams = match stdio.attach() {
             Ok(streams) => streams,
             Err(error) => return Outcome::HostFailed(format!("attach the standard streams: {error}")),
         };
-        let call = ticker.drive(cpu, call(&program, &entry, &environment, &streams, &budget));
+        let theirs = streams.clone();
+        let call = ticker.drive(cpu, async move { call(&program, &entry, &environment, &theirs, &budget).await });
         let outcome = tokio::select! {
             biased;
-            number = killed(signal.clone()) => Outcome::Killed(number),
+            number = killed(signals.clone()) => Outcome::Killed(number),
             outcome = call => outcome,
         };
         if let Some(note) = outcome.note() {
@@ -47,16 +48,16 @@ impl Run {
         tokio::select! {
             biased;
             () = streams.finish() => {}
-            _ = killed(signal) => {}
+            _ = killed(signals) => {}
         }
         outcome
     }
 }
 
 /// Waits for the signal that ends the guest.
-async fn killed(mut signal: watch::Receiver<u8>) -> u8 {
-    match signal.wait_for(|number| *number != 0).await {
-        Ok(number) => *number,
+async fn killed(mut signals: watch::Receiver<Signals>) -> u8 {
+    match signals.wait_for(|signals| signals.count > 0).await {
+        Ok(signals) => signals.first,
         // The owner is gone without a word: the process is being torn down.
         Err(_) => rustix::process::Signal::KILL.as_raw().unsigned_abs() as u8,
     }
@@ -77,11 +78,12 @@ async fn call(
         (Program::Module(pre), Entry::Export { name, returns_code }) => {
             module(&mut store, pre, name, *returns_code).await
         }
-        (Program::Component { command: Some(pre), .. }, Entry::Run) => command(&mut store, pre).await,
+        (Program::Component { command: Some(Command::P2(pre)), .. }, Entry::Run) => command(&mut store, pre).await,
+        (Program::Component { command: Some(Command::P3(pre)), .. }, Entry::Run) => concurrent(&mut store, pre).await,
         (Program::Component { pre, .. }, Entry::Function { index, returns_result }) => {
             function(&mut store, pre, *index, *returns_result).await
         }
-        (Program::Module(_) | Program::Component { .. }, _) => {
+        (Program::Module(_) | Program::Component { .. } | Program::Server(_), _) => {
             return Outcome::HostFailed("the entry point belongs to another kind of program".into());
         }
     };
@@ -120,6 +122,16 @@ async fn command(
     command.wasi_cli_run().call_run(store).await?.map_err(|()| RunFailed.into())
 }
 
+/// `wasi:cli/run` of WASI 0.3, which may run tasks beside itself; they end with it.
+async fn concurrent(
+    store: &mut Store<Guest>,
+    pre: &wasmtime_wasi::p3::bindings::CommandPre<Guest>,
+) -> wasmtime::Result<()> {
+    let command = pre.instantiate_async(store.as_context_mut()).await?;
+    let run = store.run_concurrent(async |accessor| command.wasi_cli_run().call_run(accessor).await).await;
+    run.flatten()?.map_err(|()| RunFailed.into())
+}
+
 async fn function(
     store: &mut Store<Guest>,
     pre: &InstancePre<Guest>,
@@ -140,6 +152,7 @@ impl Program {
         match self {
             Self::Module(pre) => pre.module().engine(),
             Self::Component { pre, .. } => pre.engine(),
+            Self::Server(server) => server.engine(),
         }
     }
 }

@@ -13,11 +13,11 @@ use crate::stdio::{Reader, Streams, Writer};
 
 /// Most WASI resources (open files, streams, pollables) a guest may hold: descriptors are the whole process's, and one
 /// guest must not take them all.
-const MAX_RESOURCES: usize = 4096;
+pub(super) const MAX_RESOURCES: usize = 4096;
 
 /// Most random bytes a component may ask for at once; more traps. They are made without a pause, some 3 ms for so many, on
 /// a thread that others wait for. A module may ask for any number (see `random`).
-const MAX_RANDOM: u64 = 1 << 20;
+pub(super) const MAX_RANDOM: u64 = 1 << 20;
 
 /// What a guest is started with.
 #[derive(Debug, Clone, Default)]

@@ -11,6 +11,7 @@
 
 mod handover;
 mod input;
+mod lines;
 mod output;
 
 use std::fs::File;
@@ -24,6 +25,7 @@ use tokio::io::unix::{AsyncFd, AsyncFdRegisterError};
 
 pub use input::Input;
 pub(crate) use input::Reader;
+pub(crate) use lines::Lines;
 pub use output::Output;
 pub(crate) use output::Writer;
 
@@ -95,7 +97,7 @@ impl Stdio {
 pub use input::Keeper;
 
 /// The streams of a running guest.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Streams {
     pub stdin: Option<Arc<Input>>,
     pub stdout: Arc<Output>,
@@ -143,7 +145,10 @@ impl Sink {
 }
 
 /// A descriptor under the eyes of the caller's runtime.
-fn watched(fd: OwnedFd, interest: Interest) -> std::result::Result<AsyncFd<OwnedFd>, AsyncFdRegisterError<OwnedFd>> {
+pub(crate) fn watched(
+    fd: OwnedFd,
+    interest: Interest,
+) -> std::result::Result<AsyncFd<OwnedFd>, AsyncFdRegisterError<OwnedFd>> {
     // SAFETY: an `OwnedFd` is open and stays the same descriptor until it is dropped, and the `AsyncFd` owns it.
     unsafe { AsyncFd::register_with_interest(fd, interest) }
 }

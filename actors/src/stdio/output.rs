@@ -28,6 +28,8 @@ pub(crate) const CHUNK: usize = 64 << 10;
 pub struct Output {
     target: Target,
     state: Mutex<State>,
+    /// Held by whoever writes to a file; the bytes stay pending until they are written.
+    writer: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -53,7 +55,7 @@ impl Output {
             Sink::Pipe(fd) => Target::Pipe(super::watched(fd, Interest::WRITABLE)?),
             Sink::File(file) => Target::File(Arc::new(file)),
         };
-        Ok(Arc::new(Self { target, state: Mutex::default() }))
+        Ok(Arc::new(Self { target, state: Mutex::default(), writer: tokio::sync::Mutex::default() }))
     }
 
     /// Waits until nothing is pending. Cancel safe.
@@ -71,6 +73,15 @@ impl Output {
         if !matches!(self.target, Target::Null) && !state.closed {
             state.pending.extend(text.as_bytes());
         }
+    }
+
+    /// Writes a line of our own among the guest's; lost when the reader is far behind, for nobody waits for it here.
+    pub fn line(self: &Arc<Self>, text: &str) {
+        if self.has_room() {
+            // A stream that is broken is told to whoever writes to it for a guest.
+            let _ = self.write(text.as_bytes());
+        }
+        self.drain_later();
     }
 
     /// Both ends of its FIFO, if it is one.
@@ -100,6 +111,7 @@ impl Output {
     }
 
     async fn drain_file(&self, file: &Arc<File>) {
+        let _writing = self.writer.lock().await;
         while self.is_pending() {
             let bytes: Vec<u8> = self.lock().pending.iter().copied().collect();
             let (length, file) = (bytes.len(), Arc::clone(file));
@@ -112,7 +124,8 @@ impl Output {
         }
     }
 
-    fn write(&self, bytes: &[u8]) -> StreamResult<()> {
+    /// Writes what the target takes now; the rest is pending.
+    pub(super) fn write(&self, bytes: &[u8]) -> StreamResult<()> {
         let mut state = self.lock();
         state.check()?;
         let mut rest = bytes;
@@ -130,10 +143,25 @@ impl Output {
     }
 
     /// Bytes the guest may write now; zero is "wait".
-    fn permit(&self) -> StreamResult<usize> {
+    pub(super) fn permit(&self) -> StreamResult<usize> {
         let mut state = self.lock();
         state.check()?;
         Ok(if state.pending.is_empty() { CHUNK } else { 0 })
+    }
+
+    /// Whether less than a chunk waits to be written.
+    pub(super) fn has_room(&self) -> bool {
+        self.lock().pending.len() < CHUNK
+    }
+
+    /// Sees to it that what is pending gets written though its author is gone.
+    pub(super) fn drain_later(self: &Arc<Self>) {
+        if self.is_pending()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let output = Arc::clone(self);
+            drop(runtime.spawn(async move { output.drain().await }));
+        }
     }
 
     fn is_pending(&self) -> bool {
@@ -235,6 +263,8 @@ impl AsyncWrite for Writer {
                     Err(error) => self.0.fail(error),
                 },
                 Target::File(file) => {
+                    // Somebody else is at it.
+                    let Ok(_writing) = self.0.writer.try_lock() else { break };
                     let mut state = self.0.lock();
                     let written = (&**file).write_all(state.pending.make_contiguous());
                     state.pending.clear();

@@ -22,6 +22,7 @@ use crate::container::{self, Container, Handle, prepare};
 use crate::error::{Error, Result};
 use crate::event::{EventKind, Events};
 use crate::guest::Stage;
+use crate::http;
 
 /// containerd sends a burst of verbs for every container of a node; the default of 16 would make the edge wait.
 const MAILBOX: usize = 1024;
@@ -34,6 +35,7 @@ pub struct Supervisor {
     /// How many slots are taken, for whoever decides when the daemon may leave.
     count: watch::Sender<usize>,
     stage: Arc<Stage>,
+    http: Arc<http::Common>,
     events: Events,
     draining: bool,
 }
@@ -54,7 +56,7 @@ impl Supervisor {
     /// A supervisor of nothing yet. The receiver counts its containers.
     pub fn new(stage: Arc<Stage>, events: Events) -> (Self, watch::Receiver<usize>) {
         let (count, seen) = watch::channel(0);
-        (Self { table: HashMap::new(), count, stage, events, draining: false }, seen)
+        (Self { table: HashMap::new(), count, stage, http: Arc::default(), events, draining: false }, seen)
     }
 
     fn live(&self, id: &ContainerId, verb: &'static str) -> Result<&Live> {
@@ -104,8 +106,9 @@ impl Handler<Create> for Supervisor {
         if let Err(refused) = self.reserve(&id) {
             return Box::pin(fut::ready(Err(refused)));
         }
-        let (stage, plan, began) = (Arc::clone(&self.stage), blueprint.clone(), Instant::now());
-        let prepared = async move { prepare(plan, &stage).await };
+        let (stage, http, began) = (Arc::clone(&self.stage), Arc::clone(&self.http), Instant::now());
+        let (plan, name) = (blueprint.clone(), id.clone());
+        let prepared = async move { prepare(name, plan, &stage, &http).await };
         Box::pin(prepared.into_actor(self).map(move |prepared, act, _| {
             let prepared = prepared.inspect_err(|error| {
                 tracing::warn!(container = %id, %error, "not created");

@@ -2,7 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+/// A text that is no such quantity; says what it is and what it should look like.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NotAQuantity(String);
+
+type Result<T> = std::result::Result<T, NotAQuantity>;
 
 /// Longest first where one unit begins with another (`ms` before `m`).
 const DURATION_UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
@@ -21,29 +26,39 @@ const BYTE_UNITS: [(&str, u64); 10] = [
 ];
 
 /// One or more whole numbers with a unit each, as Go and systemd write them.
+///
+/// # Errors
+/// For anything else, and for what exceeds 2^64 ms.
 pub fn parse_duration(text: &str) -> Result<Duration> {
-    let wrong = || format!("{text:?} is not a duration such as \"500ms\", \"5s\" or \"1m30s\"");
-    let mut rest = text.trim();
-    let mut millis: u64 = 0;
-    if rest.is_empty() {
-        bail!(wrong());
-    }
-    while !rest.is_empty() {
-        let (number, tail) = split_number(rest).with_context(wrong)?;
-        let (unit, factor) = DURATION_UNITS.iter().find(|(unit, _)| tail.starts_with(unit)).with_context(wrong)?;
-        let part = number.checked_mul(*factor).with_context(wrong)?;
-        millis = millis.checked_add(part).with_context(wrong)?;
-        rest = &tail[unit.len()..];
-    }
-    Ok(Duration::from_millis(millis))
+    let millis = milliseconds(text.trim()).filter(|_| !text.trim().is_empty());
+    millis
+        .map(Duration::from_millis)
+        .ok_or_else(|| NotAQuantity(format!("{text:?} is not a duration such as \"500ms\", \"5s\" or \"1m30s\"")))
 }
 
 /// A whole number with an optional unit: `K`, `M`, `G` and the `iB` forms are powers of 1024, `MB` and `GB` of 1000.
+///
+/// # Errors
+/// For anything else, and for what exceeds 2^64 bytes.
 pub fn parse_bytes(text: &str) -> Result<u64> {
-    let wrong = || format!("{text:?} is not a size such as \"512MiB\" or \"2GiB\"");
-    let (number, unit) = split_number(text.trim()).with_context(wrong)?;
-    let (_, factor) = BYTE_UNITS.iter().find(|(name, _)| *name == unit.trim()).with_context(wrong)?;
-    number.checked_mul(*factor).with_context(wrong)
+    bytes(text.trim()).ok_or_else(|| NotAQuantity(format!("{text:?} is not a size such as \"512MiB\" or \"2GiB\"")))
+}
+
+fn milliseconds(mut rest: &str) -> Option<u64> {
+    let mut millis: u64 = 0;
+    while !rest.is_empty() {
+        let (number, tail) = split_number(rest)?;
+        let (unit, factor) = DURATION_UNITS.iter().find(|(unit, _)| tail.starts_with(unit))?;
+        millis = millis.checked_add(number.checked_mul(*factor)?)?;
+        rest = &tail[unit.len()..];
+    }
+    Some(millis)
+}
+
+fn bytes(text: &str) -> Option<u64> {
+    let (number, unit) = split_number(text)?;
+    let (_, factor) = BYTE_UNITS.iter().find(|(name, _)| *name == unit.trim())?;
+    number.checked_mul(*factor)
 }
 
 fn split_number(text: &str) -> Option<(u64, &str)> {

@@ -1,0 +1,312 @@
+//! One connection: which protocol it speaks, how long it may keep us waiting, how it ends in a drain.
+//!
+//! ```text
+//! accepted ─▶ first bytes ─▶ HTTP/2 (its preface) or HTTP/1.1 ─▶ requests ─▶ closed by the client,
+//!                                                                            by a timeout, or by the drain
+//! ```
+//! One timer serves a connection. It is set when it fires, not when something happens: reads and writes only note the time,
+//! and a request costs no timer of its own.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustix::net::RecvFlags;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use super::request::respond;
+use super::server::Server;
+
+/// What a client that speaks HTTP/2 without negotiation says first (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// In a drain an idle connection stays this long: a request may be on its way to it, and closing at once would lose it.
+pub const FAREWELL: Duration = Duration::from_millis(100);
+
+/// Streams of one HTTP/2 connection at once; the server's own limit of requests stands above it.
+const MAX_STREAMS: u32 = 250;
+
+/// Serves a connection to its end.
+pub async fn serve(server: Arc<Server>, stream: TcpStream, peer: SocketAddr) {
+    // Small answers leave at once.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%peer, %error, "TCP_NODELAY");
+    }
+    let progress = Progress::new(peer);
+    let speaks_h2 = tokio::select! {
+        speaks = speaks_http2(&stream) => speaks,
+        () = tokio::time::sleep(server.settings().header_timeout) => return,
+        () = server.silence() => return,
+    };
+    let io = Io { stream: TokioIo::new(stream), progress: Arc::clone(&progress) };
+    let result = match speaks_h2 {
+        Ok(true) => serve_http2(&server, io, &progress).await,
+        Ok(false) => serve_http1(&server, io, &progress).await,
+        Err(error) => return tracing::debug!(%peer, %error, "a connection failed before its first request"),
+    };
+    if let Err(error) = result {
+        tracing::debug!(container = %server.name(), %peer, %error, "a connection ended");
+    }
+}
+
+/// Looks at the first bytes and leaves them where they are. Three tell: no method of HTTP/1.1 begins like the preface.
+async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
+    let look = || {
+        let mut first = [0; 3];
+        let (count, _) = rustix::net::recv(stream, &mut first, RecvFlags::PEEK)?;
+        match &first[..count] {
+            [] => Ok(false),
+            // Not enough yet: the next byte is an event of its own.
+            head if count < first.len() && PREFACE.starts_with(head) => Err(io::ErrorKind::WouldBlock.into()),
+            head => Ok(PREFACE.starts_with(head)),
+        }
+    };
+    stream.async_io(Interest::READABLE, look).await
+}
+
+async fn serve_http1(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
+    let settings = server.settings();
+    let mut builder = http1::Builder::new();
+    builder.max_buf_size(settings.max_header_size).half_close(false).pipeline_flush(true);
+    if settings.max_headers != DEFAULT_MAX_HEADERS {
+        builder.max_headers(settings.max_headers);
+    }
+    let service =
+        service_fn(|request: hyper::Request<Incoming>| respond(Arc::clone(server), Arc::clone(progress), request));
+    let mut connection = pin!(builder.serve_connection(io, service));
+    drive(server, progress, connection.as_mut(), |connection| connection.graceful_shutdown()).await
+}
+
+/// hyper has room for so many on its stack; another number, even a smaller one, costs every request an allocation.
+const DEFAULT_MAX_HEADERS: usize = 100;
+
+async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
+    let settings = server.settings();
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(u32::try_from(settings.max_header_size).unwrap_or(u32::MAX))
+        // A client that vanished without a word is found out.
+        .keep_alive_interval(Some(settings.idle_timeout))
+        .keep_alive_timeout(settings.idle_timeout);
+    let service = {
+        let (server, progress) = (Arc::clone(server), Arc::clone(progress));
+        service_fn(move |request| respond(Arc::clone(&server), Arc::clone(&progress), request))
+    };
+    let mut connection = pin!(builder.serve_connection(io, service));
+    // HTTP/2 can say goodbye without losing what is on its way (GOAWAY), so it does so at once.
+    progress.says_goodbye_itself();
+    drive(server, progress, connection.as_mut(), |connection| connection.graceful_shutdown()).await
+}
+
+/// Polls a connection until it ends, runs out of patience, or is told to.
+async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
+    server: &Server,
+    progress: &Progress,
+    mut connection: Pin<&mut C>,
+    say_goodbye: impl Fn(Pin<&mut C>),
+) -> Result<(), hyper::Error> {
+    let mut told = false;
+    loop {
+        let timer = tokio::time::sleep_until(progress.deadline(server, told));
+        tokio::select! {
+            result = connection.as_mut() => return result,
+            () = server.draining(), if !told => {
+                told = true;
+                if progress.may_close_at_once() {
+                    say_goodbye(connection.as_mut());
+                }
+            }
+            () = server.cut() => return Ok(()),
+            () = timer => match progress.expired(server, told) {
+                Expired::No => {}
+                // In a drain the connection has had its farewell: no request came.
+                Expired::Farewell => say_goodbye(connection.as_mut()),
+                Expired::Dead(why) => {
+                    tracing::debug!(container = %server.name(), peer = %progress.peer, why, "a connection is closed");
+                    return Ok(());
+                }
+            },
+        }
+    }
+}
+
+/// What a connection is doing, noted by its reads, writes and requests. All times in milliseconds since it was accepted.
+#[derive(Debug)]
+pub struct Progress {
+    peer: SocketAddr,
+    accepted: Instant,
+    /// The last byte read or written.
+    last: AtomicU64,
+    /// The first byte of a head that is not complete; zero is none.
+    head: AtomicU64,
+    requests: AtomicU32,
+    served: AtomicBool,
+    /// The client does not take what is written.
+    blocked: AtomicBool,
+    goodbye: AtomicBool,
+}
+
+enum Expired {
+    No,
+    Farewell,
+    Dead(&'static str),
+}
+
+impl Progress {
+    fn new(peer: SocketAddr) -> Arc<Self> {
+        Arc::new(Self {
+            peer,
+            accepted: Instant::now(),
+            last: AtomicU64::new(0),
+            head: AtomicU64::new(0),
+            requests: AtomicU32::new(0),
+            served: AtomicBool::new(false),
+            blocked: AtomicBool::new(false),
+            goodbye: AtomicBool::new(false),
+        })
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// A request begins.
+    pub fn begun(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.head.store(0, Ordering::Relaxed);
+        self.served.store(true, Ordering::Relaxed);
+    }
+
+    /// A request has its answer, or never will.
+    pub fn ended(&self) {
+        self.requests.fetch_sub(1, Ordering::Relaxed);
+        self.last.store(self.now(), Ordering::Relaxed);
+    }
+
+    fn says_goodbye_itself(&self) {
+        self.goodbye.store(true, Ordering::Relaxed);
+    }
+
+    /// A connection with a request in flight is told too: its answer then says that it is the last.
+    fn may_close_at_once(&self) -> bool {
+        self.goodbye.load(Ordering::Relaxed) || self.requests.load(Ordering::Relaxed) > 0
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.accepted.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn read(&self) {
+        let now = self.now();
+        self.last.store(now, Ordering::Relaxed);
+        if self.requests.load(Ordering::Relaxed) == 0 && self.head.load(Ordering::Relaxed) == 0 {
+            self.head.store(now.max(1), Ordering::Relaxed);
+        }
+    }
+
+    fn wrote(&self, blocked: bool) {
+        self.blocked.store(blocked, Ordering::Relaxed);
+        if !blocked {
+            self.last.store(self.now(), Ordering::Relaxed);
+        }
+    }
+
+    /// When the timer has to look again.
+    fn deadline(&self, server: &Server, told: bool) -> Instant {
+        let settings = server.settings();
+        let (since, patience) = if self.blocked.load(Ordering::Relaxed) {
+            (self.last.load(Ordering::Relaxed), settings.idle_timeout)
+        } else if self.requests.load(Ordering::Relaxed) > 0 {
+            // The request has deadlines of its own; look whether the client still reads.
+            (self.now(), settings.idle_timeout)
+        } else if self.head.load(Ordering::Relaxed) > 0 {
+            (self.head.load(Ordering::Relaxed), settings.header_timeout)
+        } else if !self.served.load(Ordering::Relaxed) {
+            (0, settings.header_timeout)
+        } else if told {
+            (self.last.load(Ordering::Relaxed), FAREWELL)
+        } else {
+            (self.last.load(Ordering::Relaxed), settings.idle_timeout)
+        };
+        self.accepted + Duration::from_millis(since) + patience
+    }
+
+    fn expired(&self, server: &Server, told: bool) -> Expired {
+        if Instant::now() < self.deadline(server, told) {
+            return Expired::No;
+        }
+        if self.blocked.load(Ordering::Relaxed) {
+            return Expired::Dead("the client does not read");
+        }
+        if self.requests.load(Ordering::Relaxed) > 0 {
+            return Expired::No;
+        }
+        if self.head.load(Ordering::Relaxed) > 0 || !self.served.load(Ordering::Relaxed) {
+            return Expired::Dead("the head of a request takes too long");
+        }
+        if told { Expired::Farewell } else { Expired::Dead("idle") }
+    }
+}
+
+/// The connection's bytes, watched.
+struct Io {
+    stream: TokioIo<TcpStream>,
+    progress: Arc<Progress>,
+}
+
+impl Read for Io {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.progress.read();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Io {
+    fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.progress.wrote(written.is_pending());
+        written
+    }
+}
+
+impl Write for Io {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.note(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.note(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

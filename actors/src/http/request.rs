@@ -1,0 +1,230 @@
+//! One request: refused, or served by a guest.
+//!
+//! ```text
+//! head ─▶ sane? ─▶ permit ─▶ instance ─▶ guest, for one turn, here on the connection's worker
+//!          400      503                    ├─ done:     the whole answer at once
+//!          413                             ├─ waits:    a task of its own; the answer as it comes
+//!                                          └─ computes: the same, in the background
+//! ```
+//! Invariant: what is refused here has cost no instance. A guest runs under its request's deadline from its first moment on,
+//! and ends with whichever comes first: its own end, the deadline, its client's leaving, or the end of the drain.
+
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::sync::Arc;
+use std::task::Poll;
+
+use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderValue, RETRY_AFTER, TRAILER, TRANSFER_ENCODING};
+use http::response::Parts;
+use http::{Method, Request, Response, StatusCode, Version};
+use hyper::body::{Body, Incoming};
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::admission::Permit;
+use super::body::{Answer, ClientBody, Leash, Verdict};
+use super::connection::Progress;
+use super::server::Server;
+use super::visit::Visit;
+use crate::guest::{Exchange, Failure, Flight, Step};
+
+/// Answers a request, whatever happens.
+pub async fn respond(
+    server: Arc<Server>,
+    progress: Arc<Progress>,
+    request: Request<Incoming>,
+) -> Result<Response<Answer>, Infallible> {
+    let visit = Visit::begin(&server, &progress, &request);
+    let is_http1 = request.version() < Version::HTTP_2;
+    let mut response = match examine(&request, server.settings().max_body) {
+        Err((status, text)) => refuse(status, text, visit),
+        Ok(()) => match server.admission().admit() {
+            Some(permit) => serve(&server, request, permit, visit).await,
+            None => overloaded(&server, visit),
+        },
+    };
+    // The last one on its connection: the client is told, so that it sends no other.
+    if is_http1 && server.is_draining() {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    Ok(response)
+}
+
+/// What no guest should see (RFC 9112, sections 3.2 and 6).
+fn examine<B: Body>(request: &Request<B>, max_body: u64) -> Result<(), (StatusCode, &'static str)> {
+    const BAD: StatusCode = StatusCode::BAD_REQUEST;
+    let headers = request.headers();
+    let mut hosts = headers.get_all(HOST).iter();
+    let named = request.uri().authority().is_some() || hosts.next().is_some_and(|host| host.to_str().is_ok());
+    match () {
+        () if hosts.next().is_some() => Err((BAD, "more than one Host\n")),
+        () if !named => Err((BAD, "no Host\n")),
+        () if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) => {
+            Err((BAD, "both Transfer-Encoding and Content-Length\n"))
+        }
+        () if request.method() == Method::CONNECT => Err((StatusCode::METHOD_NOT_ALLOWED, "this is no proxy\n")),
+        () if request.body().size_hint().lower() > max_body => {
+            Err((StatusCode::PAYLOAD_TOO_LARGE, "the body is too large\n"))
+        }
+        () => Ok(()),
+    }
+}
+
+async fn serve(server: &Arc<Server>, request: Request<Incoming>, permit: Permit, visit: Visit) -> Response<Answer> {
+    let settings = server.settings();
+    let deadline = settings.request_timeout.map(|timeout| Instant::from_std(visit.begun() + timeout));
+    let (head, body) = request.into_parts();
+    let (body, verdict) = ClientBody::new(body, settings.max_body, settings.idle_timeout);
+    let mut flight = server.begin(visit.number(), Request::from_parts(head, body));
+    let exchange = Arc::clone(flight.exchange());
+    let step = poll_fn(|cx| Poll::Ready(flight.step(cx))).await;
+    if let Step::Landed = step {
+        drop((flight, permit));
+        // First all guests that are ready on this worker, then all answers: the code of each stays in the caches.
+        tokio::task::yield_now().await;
+        return answer(server, &exchange, None, verdict.as_deref(), visit).await;
+    }
+    let leash = server.leash();
+    let runtime = match step {
+        Step::Spinning => server.background(),
+        Step::Landed | Step::Waiting => None,
+    };
+    launch(server, flight, Terms { deadline, leash: leash.clone(), _permit: permit }, runtime);
+    answer(server, &exchange, Some(Leash::new(leash.drop_guard())), verdict.as_deref(), visit).await
+}
+
+/// On which terms a guest goes on.
+struct Terms {
+    deadline: Option<Instant>,
+    leash: CancellationToken,
+    _permit: Permit,
+}
+
+/// Goes on with a guest as a task of its own: here, or in the background.
+fn launch(server: &Arc<Server>, flight: Flight, terms: Terms, runtime: Option<Handle>) {
+    let (owner, moves) = (Arc::clone(server), runtime.is_none());
+    // By name and not `async fn`: a task that moves starts itself again elsewhere.
+    let task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(go_on(owner, flight, terms, moves));
+    match runtime {
+        Some(runtime) => drop(server.tasks().spawn_on(task, &runtime)),
+        None => drop(server.tasks().spawn(task)),
+    }
+}
+
+async fn go_on(server: Arc<Server>, mut flight: Flight, terms: Terms, moves: bool) {
+    enum End {
+        Step(Step),
+        Failed(Failure),
+    }
+    let step = poll_fn(|cx| match flight.step(cx) {
+        Step::Waiting => Poll::Pending,
+        // It is among its like already.
+        Step::Spinning if !moves => Poll::Pending,
+        step => Poll::Ready(step),
+    });
+    let end = tokio::select! {
+        biased;
+        () = terms.leash.cancelled() => End::Failed(Failure::Stopped),
+        () = until(terms.deadline) => End::Failed(Failure::TimedOut),
+        step = step => End::Step(step),
+    };
+    match end {
+        End::Failed(failure) => flight.exchange().stop(failure),
+        End::Step(Step::Spinning) => {
+            let background = server.background();
+            launch(&server, flight, terms, background);
+        }
+        End::Step(Step::Landed | Step::Waiting) => {}
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for the guest's answer.
+async fn answer(
+    server: &Server,
+    exchange: &Arc<Exchange>,
+    leash: Option<Leash>,
+    verdict: Option<&Verdict>,
+    mut visit: Visit,
+) -> Response<Answer> {
+    let head = match poll_fn(|cx| exchange.poll_head(cx)).await {
+        Ok(head) => head,
+        Err(failure) => return failed(server, &failure, verdict, visit),
+    };
+    visit.answered(head.status);
+    match exchange.take_whole() {
+        Some(frames) => {
+            let mut response = with_head(head, Answer::whole(frames, visit));
+            name_trailers(&mut response);
+            response
+        }
+        None => {
+            let length = head.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+            // Without a leash the guest has landed: nobody is left to be stopped.
+            let leash = leash.unwrap_or_default();
+            with_head(head, Answer::stream(Arc::clone(exchange), leash, length, visit))
+        }
+    }
+}
+
+fn with_head(head: Parts, answer: Answer) -> Response<Answer> {
+    let mut response = Response::from_parts(head, answer);
+    // The guest's own affair is what the answer says; how it is sent is ours.
+    *response.version_mut() = Version::default();
+    response
+}
+
+/// HTTP/1.1 sends only trailers that the head announced (RFC 9110, section 6.6.2).
+fn name_trailers(response: &mut Response<Answer>) {
+    if response.headers().contains_key(TRAILER) {
+        return;
+    }
+    if let Some(names) = response.body().trailers() {
+        response.headers_mut().insert(TRAILER, names);
+        // A known length would leave no place for them.
+        response.headers_mut().remove(CONTENT_LENGTH);
+    }
+}
+
+/// The answer in place of the guest's, and one line that says why.
+fn failed(server: &Server, failure: &Failure, verdict: Option<&Verdict>, visit: Visit) -> Response<Answer> {
+    let number = visit.number();
+    if verdict.is_some_and(Verdict::is_too_large) {
+        return refuse(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large\n", visit);
+    }
+    if verdict.is_some_and(Verdict::is_stalled) {
+        return refuse(StatusCode::REQUEST_TIMEOUT, "the body did not come\n", visit);
+    }
+    server.report(number, visit.target(), failure);
+    match failure {
+        Failure::TimedOut => refuse(StatusCode::GATEWAY_TIMEOUT, "the request timed out\n", visit),
+        Failure::Upstream(_) => refuse(StatusCode::BAD_GATEWAY, "an upstream of the guest failed\n", visit),
+        Failure::Crowded(_) => overloaded(server, visit),
+        Failure::Stopped => refuse(StatusCode::SERVICE_UNAVAILABLE, "the container is stopping\n", visit),
+        Failure::Trapped(_) | Failure::OutOfMemory(_) | Failure::Silent(_) | Failure::Refused(_) | Failure::Host(_) => {
+            refuse(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed\n", visit)
+        }
+    }
+}
+
+fn overloaded(server: &Server, visit: Visit) -> Response<Answer> {
+    server.overloaded();
+    let mut response = refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once\n", visit);
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
+fn refuse(status: StatusCode, text: &'static str, mut visit: Visit) -> Response<Answer> {
+    visit.answered(status);
+    let mut response = Response::new(Answer::text(text.to_owned(), visit));
+    *response.status_mut() = status;
+    response.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}

@@ -1,0 +1,364 @@
+//! One `wasi:http` container: listens, accepts, drains.
+//!
+//! ```text
+//! run ─▶ accept ──▶ a connection task on a worker
+//!   └ a signal ─▶ drain: take what is in the backlog, close the listener, tell the connections
+//!                   ├─ all done                     exit 0
+//!                   └─ timeout, a second signal ─▶ cut, exit 128+n
+//! ```
+//! Invariant: whatever the kernel had accepted for us before the signal is answered. The listener is closed only when its
+//! queue is empty, and new connections are kept out meanwhile.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::net::{SocketFlags, acceptfrom_with};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::admission::{Admission, Slots};
+use super::body::ClientBody;
+use super::connection;
+use super::outgoing::{Client, ClientSettings};
+use super::settings::HttpSettings;
+use super::workers::Workers;
+use crate::error::Result;
+use crate::guest::{Budget, CpuTime, Environment, Failure, Flight, Hooks, Host, Outcome, Program, Serving, Stage};
+use crate::pod::listen;
+use crate::signals::Signals;
+use crate::stdio::{Stdio, Streams, watched};
+
+/// After a failed `accept` (no descriptors left, say): the next one would fail at once as well.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a server is made of, before it is started.
+pub struct Plan {
+    /// The container, for the log.
+    pub name: String,
+    pub settings: HttpSettings,
+    pub program: Arc<Program>,
+    pub environment: Environment,
+    pub stdio: Stdio,
+    pub budget: Arc<Budget>,
+    pub cpu: Arc<CpuTime>,
+    pub client: ClientSettings,
+    pub workers: Arc<Workers>,
+    pub slots: Arc<Slots>,
+}
+
+impl Plan {
+    /// Begins to serve, on a worker. `socket` is bound, in the network of the pod; connections may come from here on.
+    ///
+    /// # Errors
+    /// `Host` when the address cannot be listened on.
+    pub fn begin(
+        self,
+        socket: OwnedFd,
+        stage: Arc<Stage>,
+        signals: watch::Receiver<Signals>,
+    ) -> Result<JoinHandle<Outcome>> {
+        let listener = listen(socket, self.settings.socket_addr, self.settings.backlog)?;
+        let runtime = self.workers.place().map_or_else(|| stage.runtime.clone(), |place| place.runtime.clone());
+        Ok(runtime.spawn(self.run(listener, stage, signals)))
+    }
+
+    async fn run(self, listener: TcpListener, stage: Arc<Stage>, mut signals: watch::Receiver<Signals>) -> Outcome {
+        let streams = match self.stdio.attach() {
+            Ok(streams) => streams,
+            Err(error) => return Outcome::HostFailed(format!("attach the standard streams: {error}")),
+        };
+        let host = Host {
+            environment: self.environment,
+            stdout: Arc::clone(&streams.stdout),
+            stderr: Arc::clone(&streams.stderr),
+            log_request_id: self.settings.log_request_id,
+            budget: self.budget,
+            cpu: self.cpu,
+            hooks: Hooks::new(Some(Client::new(&self.client))),
+        };
+        let (reuse, idle) = (self.settings.instance_reuse, self.settings.instance_idle_timeout);
+        let server = Arc::new(Server {
+            name: self.name,
+            serving: Serving::new(self.program, host, reuse, idle),
+            workers: self.workers,
+            admission: Admission::new(self.slots, self.settings.max_concurrent_requests),
+            settings: self.settings,
+            stage,
+            streams: streams.clone(),
+            tasks: TaskTracker::new(),
+            drain: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            numbers: AtomicU64::new(1),
+            finished: AtomicU64::new(0),
+            broken: AtomicU64::new(0),
+            crowded: AtomicBool::new(false),
+        });
+        let outcome = server.serve(listener, &mut signals).await;
+        drop(server);
+        // A reader that stalls holds up the end of its own container only, and a further signal ends the wait.
+        tokio::select! {
+            biased;
+            () = streams.finish() => {}
+            _ = signals.changed() => {}
+        }
+        outcome
+    }
+}
+
+/// A server at work.
+pub struct Server {
+    name: String,
+    settings: HttpSettings,
+    serving: Arc<Serving>,
+    workers: Arc<Workers>,
+    admission: Arc<Admission>,
+    stage: Arc<Stage>,
+    streams: Streams,
+    /// Connections, and guests that outlive their first turn.
+    tasks: TaskTracker,
+    /// A drain has begun.
+    drain: CancellationToken,
+    /// It is over.
+    cut: CancellationToken,
+    numbers: AtomicU64,
+    finished: AtomicU64,
+    broken: AtomicU64,
+    /// Requests were refused since the last line about it.
+    crowded: AtomicBool,
+}
+
+impl Server {
+    /// Serves until a signal ends it.
+    async fn serve(self: &Arc<Self>, listener: TcpListener, signals: &mut watch::Receiver<Signals>) -> Outcome {
+        let addr = listener.local_addr();
+        let listener = match watched(listener.into(), Interest::READABLE) {
+            Ok(listener) => listener,
+            Err(error) => return Outcome::HostFailed(format!("watch the listener: {error}")),
+        };
+        if let Ok(addr) = addr {
+            tracing::info!(container = self.name, %addr, "listening");
+        }
+        let room = Arc::new(Semaphore::new(self.settings.max_connections));
+        let first = tokio::select! {
+            biased;
+            first = told(signals, 1) => first,
+            () = self.accept_all(&listener, &room) => SIGKILL,
+            () = self.cool_down() => SIGKILL,
+        };
+        if first == SIGKILL {
+            return self.cut_off(SIGKILL).await;
+        }
+        self.drain(first, listener, signals).await
+    }
+
+    async fn accept_all(self: &Arc<Self>, listener: &AsyncFd<OwnedFd>, room: &Arc<Semaphore>) {
+        loop {
+            // Never closed. Whoever comes now waits in the backlog.
+            let Ok(permit) = Arc::clone(room).acquire_owned().await else { return };
+            match listener.async_io(Interest::READABLE, accept).await {
+                Ok((stream, peer)) => self.connected(stream, peer, Some(permit)),
+                Err(error) => {
+                    tracing::warn!(container = self.name, %error, "a connection cannot be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn connected(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        room: Option<tokio::sync::OwnedSemaphorePermit>,
+    ) {
+        let Some(place) = self.workers.place() else { return };
+        let server = Arc::clone(self);
+        let runtime = place.runtime.clone();
+        let task = async move {
+            let _held = (place, room);
+            match tokio::net::TcpStream::from_std(stream) {
+                Ok(stream) => connection::serve(server, stream, peer).await,
+                Err(error) => tracing::warn!(container = server.name, %error, "a connection cannot be served"),
+            }
+        };
+        drop(self.tasks.spawn_on(task, &runtime));
+    }
+
+    /// Instances that wait for a next request grow old.
+    async fn cool_down(&self) {
+        if self.settings.instance_reuse < 2 {
+            return std::future::pending().await;
+        }
+        let mut tick = tokio::time::interval(self.settings.instance_idle_timeout);
+        loop {
+            tick.tick().await;
+            self.serving.cool_down();
+        }
+    }
+
+    async fn drain(
+        self: &Arc<Self>,
+        signal: u8,
+        listener: AsyncFd<OwnedFd>,
+        signals: &mut watch::Receiver<Signals>,
+    ) -> Outcome {
+        let begun = std::time::Instant::now();
+        let (finished, broken) = (self.finished.load(Ordering::Relaxed), self.broken.load(Ordering::Relaxed));
+        tracing::info!(container = self.name, signal, requests = self.admission.running(), "draining");
+        self.drain.cancel();
+        self.close(listener);
+        self.tasks.close();
+        let forced = tokio::select! {
+            biased;
+            () = self.tasks.wait() => None,
+            second = told(signals, 2) => Some(second),
+            () = tokio::time::sleep(self.settings.drain_timeout) => Some(signal),
+        };
+        let outcome = match forced {
+            None => Outcome::Exited(0),
+            Some(signal) => self.cut_off(signal).await,
+        };
+        tracing::info!(
+            container = self.name,
+            finished = self.finished.load(Ordering::Relaxed) - finished,
+            cut = self.broken.load(Ordering::Relaxed) - broken,
+            elapsed_ms = begun.elapsed().as_millis() as u64,
+            code = outcome.code(),
+            "drained"
+        );
+        outcome
+    }
+
+    /// Takes what waits in the backlog, and lets nobody else in.
+    fn close(self: &Arc<Self>, listener: AsyncFd<OwnedFd>) {
+        let listener = listener.into_inner();
+        if let Err(error) = super::gate::shut(&listener) {
+            tracing::warn!(container = self.name, %error, "connections that arrive right now may be reset");
+        }
+        while let Ok((stream, peer)) = accept(&listener) {
+            self.connected(stream, peer, None);
+        }
+    }
+
+    async fn cut_off(&self, signal: u8) -> Outcome {
+        self.drain.cancel();
+        self.cut.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        Outcome::Killed(signal)
+    }
+
+    /// The container's name, for the log.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn settings(&self) -> &HttpSettings {
+        &self.settings
+    }
+
+    pub fn admission(&self) -> &Arc<Admission> {
+        &self.admission
+    }
+
+    pub fn tasks(&self) -> &TaskTracker {
+        &self.tasks
+    }
+
+    /// Where guests go that compute.
+    pub fn background(&self) -> Option<Handle> {
+        self.workers.background().cloned()
+    }
+
+    /// Requests are numbered from one.
+    pub fn next_number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The visit of a request.
+    pub fn begin(&self, number: u64, request: http::Request<ClientBody>) -> Flight {
+        self.serving.begin(&self.stage.ticker, number, request)
+    }
+
+    /// Stops one guest; the end of the drain stops all.
+    pub fn leash(&self) -> CancellationToken {
+        self.cut.child_token()
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.drain.is_cancelled()
+    }
+
+    /// Waits for a drain to begin.
+    pub async fn draining(&self) {
+        self.drain.cancelled().await;
+    }
+
+    /// Waits for the end of patience.
+    pub async fn cut(&self) {
+        self.cut.cancelled().await;
+    }
+
+    /// Waits until a connection that never said anything need not be waited for.
+    pub async fn silence(&self) {
+        self.draining().await;
+        tokio::time::sleep(connection::FAREWELL).await;
+    }
+
+    /// A request is over.
+    pub fn ended(&self, complete: bool) {
+        let counter = if complete { &self.finished } else { &self.broken };
+        counter.fetch_add(1, Ordering::Relaxed);
+        if self.crowded.load(Ordering::Relaxed) && self.admission.running() == 0 {
+            self.crowded.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// One line when overload begins, not one for each request that is refused.
+    pub fn overloaded(&self) {
+        if !self.crowded.swap(true, Ordering::Relaxed) {
+            let (running, limit) = (self.admission.running(), self.admission.limit());
+            tracing::warn!(container = self.name, running, limit, "overload: requests are answered with 503");
+        }
+    }
+
+    /// One line about a request that failed, for the operator and for the reader of the container's log.
+    pub fn report(&self, request: u64, target: &str, failure: &Failure) {
+        if matches!(failure, Failure::Stopped) {
+            return tracing::debug!(container = self.name, request, target, %failure, "a request was stopped");
+        }
+        let cause = failure.to_string();
+        let cause = cause.lines().next_back().unwrap_or_default().trim();
+        tracing::warn!(container = self.name, request, target, cause, "a request failed");
+        self.streams.stderr.line(&format!("request {request} {target}: {failure}\n"));
+    }
+
+    /// A line of the access log.
+    pub fn log(&self, line: &str) {
+        self.streams.stdout.line(line);
+    }
+}
+
+const SIGKILL: u8 = 9;
+
+/// The next connection, ready for any runtime.
+fn accept(listener: &OwnedFd) -> std::io::Result<(TcpStream, SocketAddr)> {
+    let (stream, peer) = acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+    let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+    Ok((stream.into(), peer.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0)))))
+}
+
+/// Waits for the signal of this number in turn. SIGKILL comes before its turn.
+async fn told(signals: &mut watch::Receiver<Signals>, turn: u32) -> u8 {
+    let told = signals.wait_for(|signals| signals.count >= turn || signals.last == SIGKILL).await;
+    // The owner is gone without a word: the process is being torn down.
+    told.map_or(SIGKILL, |signals| signals.last)
+}

@@ -1,0 +1,298 @@
+//! What a request costs: `make bench`.
+//!
+//! | section | question | promise |
+//! |---|---|---|
+//! | throughput | a fresh instance for each request, beside a plain hyper server with a static body | 0.35 hello, 0.25 web |
+//! | reuse | the same with `INSTANCE_REUSE` | 0.60 |
+//! | bounds | what explicit bounds checks cost a guest that computes, beside guard pages | (a figure) |
+//! | neighbour | a healthy container beside one whose requests spin until their timeout, in one process | p99 50 ms, 0.25 of alone |
+//! | density | what does a further idle container cost, and how fast do 500 start? | 100 KiB, 30 a second |
+//!
+//! One client (`wrk`, 32 keep-alive connections, one thread) for all, on the same cores as the servers, in turns. Over the
+//! newest private containerd of the tests. Needs root and wrk. A promise that does not hold makes the run fail.
+
+#[expect(dead_code, reason = "the tests use the rest of it")]
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Response, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+
+use common::containerd::Containerd;
+use common::ctr::{Client, Container};
+use common::{base, job, proc, wait};
+
+const CONNECTIONS: &str = "32";
+const SECONDS: &str = "3";
+const ROUNDS: usize = 5;
+const IDLE_CONTAINERS: usize = 500;
+const SOON: Duration = Duration::from_secs(20);
+/// Tells this program to be the plain server, on the address that follows.
+const PLAIN: &str = "TROUPE_BENCH_PLAIN";
+
+fn main() -> ExitCode {
+    if let Ok(addr) = std::env::var(PLAIN) {
+        return finish(plain_server(&addr).map(|()| true));
+    }
+    let outcome = base::create().and_then(|()| all());
+    base::remove();
+    finish(outcome)
+}
+
+fn finish(outcome: Result<bool>) -> ExitCode {
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("the benches cannot run: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn all() -> Result<bool> {
+    let containerd = Containerd::start("2.1", "http-bench")?;
+    let measured = throughput(&containerd)
+        .and_then(|kept| Ok(kept & bounds(&containerd)?))
+        .and_then(|kept| Ok(kept & neighbour(&containerd)?))
+        .and_then(|kept| Ok(kept & density(&containerd)?));
+    containerd.close()?;
+    measured
+}
+
+/// One line of the report; false when the promise does not hold.
+fn report(what: &str, figure: f64, unit: &str, promise: f64, at_least: bool) -> bool {
+    let kept = if at_least { figure >= promise } else { figure <= promise };
+    let word = if at_least { "at least" } else { "at most" };
+    println!("{what:<58} {figure:>9.2} {unit:<4} ({word} {promise}){}", if kept { "" } else { "  NOT KEPT" });
+    kept
+}
+
+fn throughput(containerd: &Containerd) -> Result<bool> {
+    let client = containerd.namespace("throughput");
+    let plain = Plain::start()?;
+    let hello = Served::start(&client, "/hello-http.wasm", &[])?;
+    let web = Served::start(&client, "/web.wasm", &[])?;
+    let reused = Served::start(&client, "/web.wasm", &["WASMTIME_HTTP_PROXY_INSTANCE_REUSE=1000"])?;
+    let (mut of_hello, mut of_web, mut of_reused, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let alone = wrk(plain.addr, "/")?.rate;
+        rates.push(alone);
+        of_hello.push(wrk(hello.addr, "/")?.rate / alone);
+        of_web.push(wrk(web.addr, "/hello")?.rate / alone);
+        of_reused.push(wrk(reused.addr, "/hello")?.rate / alone);
+    }
+    println!("a plain hyper server: {:.0} requests a second", median(rates));
+    let mut kept = report("hello, a fresh instance for each request", median(of_hello), "x", 0.35, true);
+    kept &= report("web (its heap grows), a fresh instance for each request", median(of_web), "x", 0.25, true);
+    kept &= report("web, an instance for 1000 requests", median(of_reused), "x", 0.60, true);
+    Ok(kept)
+}
+
+fn bounds(containerd: &Containerd) -> Result<bool> {
+    let client = containerd.namespace("bounds");
+    let explicit = Served::start(&client, "/web.wasm", &["WASMTIME_HTTP_PROXY_BOUNDS_CHECKS=explicit"])?;
+    let guarded = Served::start(&client, "/web.wasm", &["WASMTIME_HTTP_PROXY_BOUNDS_CHECKS=guarded"])?;
+    for (what, path) in [
+        ("/hello (nothing to compute)", "/hello"),
+        ("/json?items=200 (a few hundred microseconds)", "/json?items=200"),
+        ("/hash?rounds=20 (milliseconds)", "/hash?rounds=20"),
+    ] {
+        let mut ratios = Vec::new();
+        for _ in 0..ROUNDS {
+            ratios.push(wrk(guarded.addr, path)?.rate / wrk(explicit.addr, path)?.rate);
+        }
+        println!("guard pages beside explicit bounds checks, {what:<45} {:>5.2} x the requests", median(ratios));
+    }
+    Ok(true)
+}
+
+fn neighbour(containerd: &Containerd) -> Result<bool> {
+    let client = containerd.namespace("neighbour");
+    let healthy = Served::start(&client, "/web.wasm", &[])?;
+    let noisy = Served::start(&client, "/web.wasm", &["WASMTIME_HTTP_PROXY_REQUEST_TIMEOUT=500ms"])?;
+    let alone = wrk(healthy.addr, "/hello")?;
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let mut kept = true;
+    for spinners in [cores, 4 * cores] {
+        let noise = Child::from(wrk_command(noisy.addr, "/spin", &spinners.to_string(), "6").spawn()?);
+        let beside = wrk(healthy.addr, "/hello");
+        let output = noise.wait_with_output()?;
+        let beside = beside?;
+        if !String::from_utf8_lossy(&output.stdout).contains("Non-2xx") {
+            bail!("the noisy neighbour made no noise");
+        }
+        println!("{spinners} spinning requests: p99 {:.1} ms, alone {:.1} ms", beside.p99, alone.p99);
+        kept &= report("p99 of a healthy container beside spinning requests", beside.p99, "ms", 50.0, false);
+        kept &= report("its throughput, of what it has alone", beside.rate / alone.rate, "x", 0.25, true);
+    }
+    Ok(kept)
+}
+
+fn density(containerd: &Containerd) -> Result<bool> {
+    let client = containerd.namespace("density");
+    // The first ones pay for what all share.
+    let mut served = vec![Served::start(&client, "/web.wasm", &[])?, Served::start(&client, "/web.wasm", &[])?];
+    for one in &served {
+        fetch(one.addr)?;
+    }
+    let daemon = client.daemon()?;
+    let before = proc::pss_kib(daemon)?;
+    let offset = containerd.log_length();
+    let begin = Instant::now();
+    let containers =
+        (0..IDLE_CONTAINERS).map(|_| Served::launch(&client, "/web.wasm", &[])).collect::<Result<Vec<_>>>()?;
+    let rate = IDLE_CONTAINERS as f64 / begin.elapsed().as_secs_f64();
+    for container in containers {
+        let addr = addr_of(containerd, offset, &container.id)?;
+        served.push(Served { addr, _container: container });
+    }
+    let idle = (proc::pss_kib(daemon)?.saturating_sub(before)) as f64 / IDLE_CONTAINERS as f64;
+    for one in &served {
+        fetch(one.addr)?;
+    }
+    let used = (proc::pss_kib(daemon)?.saturating_sub(before)) as f64 / IDLE_CONTAINERS as f64;
+    println!(
+        "{IDLE_CONTAINERS} http containers in a daemon of {before} KiB; {used:.0} KiB each after a request to all"
+    );
+    let mut kept = report("PSS of a further idle http container", idle, "KiB", 100.0, false);
+    kept &= report("http containers started by ctr run -d", rate, "/s", 30.0, true);
+    Ok(kept)
+}
+
+/// A container that serves.
+struct Served<'a> {
+    addr: SocketAddr,
+    _container: Container<'a>,
+}
+
+impl<'a> Served<'a> {
+    fn start(client: &Client<'a>, file: &str, env: &[&str]) -> Result<Self> {
+        let offset = client.containerd.log_length();
+        let container = Self::launch(client, file, env)?;
+        let addr = addr_of(client.containerd, offset, &container.id)?;
+        Ok(Self { addr, _container: container })
+    }
+
+    fn launch(client: &Client<'a>, file: &str, env: &[&str]) -> Result<Container<'a>> {
+        let mut run = client.guest(file, &[])?.flag("--net-host");
+        for variable in ["WASMTIME_HTTP_PROXY_SOCKET_ADDR=127.0.0.1:0"].iter().chain(env) {
+            run = run.option("--env", variable);
+        }
+        run.detached()
+    }
+}
+
+/// The address that a container chose, from the log of its daemon.
+fn addr_of(containerd: &Containerd, offset: u64, id: &str) -> Result<SocketAddr> {
+    let name = format!("/{id}\" addr=");
+    wait::until("a server to listen", SOON, || {
+        let log = containerd.whole_log_since(offset);
+        let line = log.lines().find_map(|line| line.split_once(&name));
+        Ok(line.and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok()))
+    })
+}
+
+fn fetch(addr: SocketAddr) -> Result<()> {
+    let mut curl = Command::new("curl");
+    curl.args(["--silent", "--fail", "--max-time", "5", &format!("http://{addr}/hello")]);
+    job::run(curl, SOON)?.success("curl").map(drop)
+}
+
+/// What `wrk` saw.
+struct Load {
+    /// Requests a second.
+    rate: f64,
+    /// Milliseconds.
+    p99: f64,
+}
+
+fn wrk_command(addr: SocketAddr, path: &str, connections: &str, seconds: &str) -> Command {
+    let mut command = Command::new("wrk");
+    command.args(["-t1", "-c", connections, "-d", seconds, "--latency", "--timeout", "10s"]);
+    command.arg(format!("http://{addr}{path}")).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn wrk(addr: SocketAddr, path: &str) -> Result<Load> {
+    let output = wrk_command(addr, path, CONNECTIONS, SECONDS).output().context("no wrk; install it (Debian: wrk)")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if text.contains("Non-2xx") || text.contains("Socket errors") {
+        bail!("requests to {path} failed: {text}");
+    }
+    let after = |word: &str| {
+        let (_, rest) = text.split_once(word)?;
+        rest.split_whitespace().next().map(str::to_owned)
+    };
+    let rate = after("Requests/sec:").and_then(|rate| rate.parse().ok());
+    let p99 = after("99%").and_then(|time| millis(&time));
+    Ok(Load { rate: rate.context(text.clone())?, p99: p99.context(text)? })
+}
+
+/// A time as wrk prints it.
+fn millis(text: &str) -> Option<f64> {
+    let (number, factor) = match text {
+        _ if text.ends_with("us") => (&text[..text.len() - 2], 0.001),
+        _ if text.ends_with("ms") => (&text[..text.len() - 2], 1.0),
+        _ => (text.strip_suffix('s')?, 1000.0),
+    };
+    Some(number.parse::<f64>().ok()? * factor)
+}
+
+/// The plain server, as a process of its own.
+struct Plain {
+    addr: SocketAddr,
+    child: Child,
+}
+
+impl Plain {
+    fn start() -> Result<Self> {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+        let addr = listener.local_addr()?;
+        drop(listener);
+        let child = Command::new(std::env::current_exe()?).env(PLAIN, addr.to_string()).spawn()?;
+        let plain = Self { addr, child };
+        wait::until_true("the plain server to listen", SOON, || Ok(std::net::TcpStream::connect(addr).is_ok()))?;
+        Ok(plain)
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        // It has no end of its own.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What hyper can do: a static body, on tokio's usual runtime.
+fn plain_server(addr: &str) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::bind(addr).await?;
+        loop {
+            let (stream, _) = listener.accept().await?;
+            stream.set_nodelay(true)?;
+            tokio::spawn(async move {
+                let answer = service_fn(|_| async {
+                    Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"hello\n"))))
+                });
+                // A client that leaves is no matter here.
+                let _ = http1::Builder::new().pipeline_flush(true).serve_connection(TokioIo::new(stream), answer).await;
+            });
+        }
+    })
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+}
