@@ -17,6 +17,10 @@ mod suite {
     pub mod greedy;
     pub mod groups;
     pub mod hostile;
+    pub mod http_drain;
+    pub mod http_guest;
+    pub mod http_load;
+    pub mod http_serve;
     pub mod load;
     pub mod neighbours;
     pub mod recovery;
@@ -48,6 +52,10 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("recovery", suite::recovery::CASES),
     ("greedy", suite::greedy::CASES),
     ("shutdown", suite::shutdown::CASES),
+    ("http_serve", suite::http_serve::CASES),
+    ("http_guest", suite::http_guest::CASES),
+    ("http_drain", suite::http_drain::CASES),
+    ("http_load", suite::http_load::CASES),
 ];
 const BARE: &[(&str, BareCases)] = &[
     ("api", suite::api::CASES),

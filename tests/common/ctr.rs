@@ -113,6 +113,7 @@ pub struct Run<'a> {
     flags: Vec<String>,
     runtime: String,
     options: Option<PathBuf>,
+    patience: Duration,
 }
 
 impl<'a> Run<'a> {
@@ -126,6 +127,7 @@ impl<'a> Run<'a> {
             flags: Vec::new(),
             runtime: WASMTIME.to_owned(),
             options: Some(client.containerd.options()),
+            patience: SOON,
         }
     }
 
@@ -148,6 +150,16 @@ impl<'a> Run<'a> {
         self.runtime = name.to_owned();
         self.options = None;
         self
+    }
+
+    /// How long `ctr` may take: a large guest is compiled at its first start.
+    pub fn within(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    pub fn containerd(&self) -> &'a Containerd {
+        self.client.containerd
     }
 
     /// Another file of runtime options.
@@ -211,7 +223,7 @@ impl<'a> Run<'a> {
 
     fn detach(&self, command: Command) -> Result<Container<'a>> {
         let container = Container { client: self.client.clone(), id: self.id.clone() };
-        job::run(command, SOON)?.success(&format!("ctr run --detach {:?}", self.words))?;
+        job::run(command, self.patience)?.success(&format!("ctr run --detach {:?}", self.words))?;
         Ok(container)
     }
 

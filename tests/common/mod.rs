@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! suite ── containerd (private, one a version) ── ctr (one namespace of it) ── image, guests
+//!       │                                         └─ site (a container that serves) ── http (its clients)
 //!       └─ shim (the bare binary: bundles, ttrpc, recorded events)
 //!                          both ── job (a child process, its output), wait (deadlines), proc (what /proc says)
 //! ```
@@ -13,11 +14,13 @@ pub mod containerd;
 pub mod ctr;
 pub mod events;
 pub mod guests;
+pub mod http;
 pub mod image;
 pub mod job;
 pub mod proc;
 pub mod recorder;
 pub mod shim;
+pub mod site;
 pub mod wait;
 
 /// How a case ends.

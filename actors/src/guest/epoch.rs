@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -55,7 +55,12 @@ impl Ticker {
     /// Wraps a guest's future: while it is polled the epochs tick, and its CPU time is added to `cpu`.
     pub fn drive<T>(&self, cpu: Arc<CpuTime>, future: impl Future<Output = T> + Send + 'static) -> Driven<T> {
         let thread = self.thread.as_ref().map(|thread| thread.thread().clone());
-        Driven { running: Running { shared: Arc::clone(&self.shared), thread }, cpu, future: Box::pin(future) }
+        Driven {
+            running: Running { shared: Arc::clone(&self.shared), thread },
+            cpu,
+            clock: Clock::Cpu,
+            future: Box::pin(future),
+        }
     }
 }
 
@@ -105,7 +110,17 @@ impl CpuTime {
 pub struct Driven<T> {
     running: Running,
     cpu: Arc<CpuTime>,
+    clock: Clock,
     future: Pin<Box<dyn Future<Output = T> + Send>>,
+}
+
+/// How a poll is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// By the thread's CPU time: right for polls of any length, at the price of two system calls each.
+    Cpu,
+    /// By the clock on the wall: for polls that end within a turn, which are hardly ever preempted.
+    Wall,
 }
 
 struct Running {
@@ -133,16 +148,33 @@ impl Drop for Left<'_> {
     }
 }
 
+impl<T> Driven<T> {
+    /// Times the polls from here on with `clock`; at first with that of the CPU.
+    pub fn time_by(&mut self, clock: Clock) {
+        self.clock = clock;
+    }
+}
+
 impl<T> Future for Driven<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         let this = &mut *self;
         let _left = this.running.enter();
-        let before = thread_cpu_time();
-        let poll = this.future.as_mut().poll(cx);
-        this.cpu.add(thread_cpu_time().saturating_sub(before));
-        poll
+        match this.clock {
+            Clock::Cpu => {
+                let before = thread_cpu_time();
+                let poll = this.future.as_mut().poll(cx);
+                this.cpu.add(thread_cpu_time().saturating_sub(before));
+                poll
+            }
+            Clock::Wall => {
+                let before = Instant::now();
+                let poll = this.future.as_mut().poll(cx);
+                this.cpu.add(before.elapsed());
+                poll
+            }
+        }
     }
 }
 

@@ -28,7 +28,7 @@ use wasmtime_wasi_http::p3::bindings::ServicePre;
 
 use super::LoadError;
 use super::engine::{Engines, Kind};
-use super::epoch::{Driven, Ticker};
+use super::epoch::{Clock, Driven, Ticker};
 use super::exchange::{Exchange, Failure};
 use super::swap::Watch;
 use super::visitor::{self, Host, Visitor};
@@ -99,12 +99,7 @@ impl Ready {
     fn link(kind: Kind, component: &Component) -> wasmtime::Result<Self> {
         let engine = component.engine();
         let mut linker = Linker::<Visitor>::new(engine);
-        wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
-        wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker)?;
-        if kind == Kind::Concurrent {
-            wasmtime_wasi::p3::add_to_linker(&mut linker)?;
-            wasmtime_wasi_http::p3::add_to_linker(&mut linker)?;
-        }
+        visitor::link(&mut linker, kind)?;
         let pre = linker.instantiate_pre(component)?;
         match ServicePre::new(pre.clone()) {
             Ok(service) => Ok(Self::Service(service)),
@@ -149,9 +144,10 @@ impl Serving {
     {
         let exchange = Exchange::new();
         let (serving, answers) = (Arc::clone(self), Answers(Arc::clone(&exchange)));
-        let guest = ticker.drive(Arc::clone(&self.host.cpu), async move {
+        let mut guest = ticker.drive(Arc::clone(&self.host.cpu), async move {
             serving.visit(number, request, answers).await;
         });
+        guest.time_by(Clock::Wall);
         Flight { exchange, guest }
     }
 
@@ -169,13 +165,19 @@ impl Serving {
             return answers.0.stop(Failure::Host("the program is no server".into()));
         };
         match server.ready() {
-            Ready::Proxy(pre) => self.call(pre, number, request, &answers.0).await,
+            Ready::Proxy(pre) => self.call(pre, server.kind, number, request, &answers.0).await,
             Ready::Service(pre) => super::service::call(pre, &self.host, number, request, &answers.0).await,
         }
     }
 
-    async fn call<B>(&self, pre: &ProxyPre<Visitor>, number: u64, request: http::Request<B>, exchange: &Arc<Exchange>)
-    where
+    async fn call<B>(
+        &self,
+        pre: &ProxyPre<Visitor>,
+        kind: Kind,
+        number: u64,
+        request: http::Request<B>,
+        exchange: &Arc<Exchange>,
+    ) where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Into<wasmtime_wasi_http::Error>,
     {
@@ -186,7 +188,7 @@ impl Serving {
                 instance
             }
             None => {
-                let mut store = visitor::store(pre.engine(), &self.host, number);
+                let mut store = visitor::store(pre.engine(), kind, &self.host, number);
                 match pre.instantiate_async(&mut store).await {
                     Ok(proxy) => Instance { store, proxy, served: 0, since: None },
                     Err(error) => return exchange.settle(&Err(error)),
@@ -307,7 +309,10 @@ impl Flight {
         visitor::spun();
         match Pin::new(&mut self.guest).poll(cx) {
             Poll::Ready(()) => Step::Landed,
-            Poll::Pending if visitor::spun() => Step::Spinning,
+            Poll::Pending if visitor::spun() => {
+                self.guest.time_by(Clock::Cpu);
+                Step::Spinning
+            }
             Poll::Pending => Step::Waiting,
         }
     }

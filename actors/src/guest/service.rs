@@ -17,6 +17,7 @@ use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p3::Request;
 use wasmtime_wasi_http::p3::bindings::{Service, ServicePre};
 
+use super::engine::Kind;
 use super::exchange::Exchange;
 use super::visitor::{self, Host, Visitor};
 
@@ -34,7 +35,7 @@ pub(super) async fn call<B>(
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<wasmtime_wasi_http::Error>,
 {
-    let mut store = visitor::store(pre.engine(), host, number);
+    let mut store = visitor::store(pre.engine(), Kind::Concurrent, host, number);
     let service = match pre.instantiate_async(&mut store).await {
         Ok(service) => service,
         Err(error) => return exchange.settle(&Err(error)),

@@ -7,6 +7,7 @@
 //! One timer serves a connection. It is set when it fires, not when something happens: reads and writes only note the time,
 //! and a request costs no timer of its own.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
@@ -25,6 +26,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use super::bell::Phase;
 use super::request::respond;
 use super::server::Server;
 
@@ -112,35 +114,57 @@ async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> 
 }
 
 /// Polls a connection until it ends, runs out of patience, or is told to.
+///
+/// By hand, because this is on the way of every request: besides the connection itself, a poll looks at one number and at
+/// the state of a timer. The bell wakes the task when the number changes.
 async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
     server: &Server,
     progress: &Progress,
     mut connection: Pin<&mut C>,
     say_goodbye: impl Fn(Pin<&mut C>),
 ) -> Result<(), hyper::Error> {
-    let mut told = false;
-    loop {
-        let timer = tokio::time::sleep_until(progress.deadline(server, told));
-        tokio::select! {
-            result = connection.as_mut() => return result,
-            () = server.draining(), if !told => {
-                told = true;
-                if progress.may_close_at_once() {
-                    say_goodbye(connection.as_mut());
-                }
+    let _heard = server.bell().listen(poll_fn(|cx| Poll::Ready(cx.waker().clone())).await);
+    let (mut told, mut registered) = (false, false);
+    let mut timer = pin!(tokio::time::sleep_until(progress.deadline(server, told)));
+    poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(result) = connection.as_mut().poll(cx) {
+                return Poll::Ready(result);
             }
-            () = server.cut() => return Ok(()),
-            () = timer => match progress.expired(server, told) {
+            match server.bell().phase() {
+                Phase::Serving => {}
+                Phase::Draining if told => {}
+                Phase::Draining => {
+                    told = true;
+                    if progress.may_close_at_once() {
+                        say_goodbye(connection.as_mut());
+                    }
+                    timer.as_mut().reset(progress.deadline(server, told));
+                    registered = false;
+                    continue;
+                }
+                Phase::Cut => return Poll::Ready(Ok(())),
+            }
+            // Once registered, a timer that has not fired need not be asked.
+            if registered && !timer.is_elapsed() {
+                return Poll::Pending;
+            }
+            registered = true;
+            ready!(timer.as_mut().poll(cx));
+            match progress.expired(server, told) {
                 Expired::No => {}
                 // In a drain the connection has had its farewell: no request came.
                 Expired::Farewell => say_goodbye(connection.as_mut()),
                 Expired::Dead(why) => {
                     tracing::debug!(container = %server.name(), peer = %progress.peer, why, "a connection is closed");
-                    return Ok(());
+                    return Poll::Ready(Ok(()));
                 }
-            },
+            }
+            timer.as_mut().reset(progress.next_look(server, told));
+            registered = false;
         }
-    }
+    })
+    .await
 }
 
 /// What a connection is doing, noted by its reads, writes and requests. All times in milliseconds since it was accepted.
@@ -235,14 +259,19 @@ impl Progress {
             (self.now(), settings.idle_timeout)
         } else if self.head.load(Ordering::Relaxed) > 0 {
             (self.head.load(Ordering::Relaxed), settings.header_timeout)
-        } else if !self.served.load(Ordering::Relaxed) {
-            (0, settings.header_timeout)
         } else if told {
             (self.last.load(Ordering::Relaxed), FAREWELL)
+        } else if !self.served.load(Ordering::Relaxed) {
+            (0, settings.header_timeout)
         } else {
             (self.last.load(Ordering::Relaxed), settings.idle_timeout)
         };
         self.accepted + Duration::from_millis(since) + patience
+    }
+
+    /// The same, but not at once again: what has expired is being dealt with.
+    fn next_look(&self, server: &Server, told: bool) -> Instant {
+        self.deadline(server, told).max(Instant::now() + FAREWELL)
     }
 
     fn expired(&self, server: &Server, told: bool) -> Expired {
@@ -255,10 +284,14 @@ impl Progress {
         if self.requests.load(Ordering::Relaxed) > 0 {
             return Expired::No;
         }
-        if self.head.load(Ordering::Relaxed) > 0 || !self.served.load(Ordering::Relaxed) {
+        if self.head.load(Ordering::Relaxed) > 0 {
             return Expired::Dead("the head of a request takes too long");
         }
-        if told { Expired::Farewell } else { Expired::Dead("idle") }
+        match (told, self.served.load(Ordering::Relaxed)) {
+            (true, _) => Expired::Farewell,
+            (false, false) => Expired::Dead("no request came"),
+            (false, true) => Expired::Dead("idle"),
+        }
     }
 }
 

@@ -11,6 +11,7 @@
 //! one input, its signals. Called by `container`.
 
 mod admission;
+mod bell;
 mod body;
 mod connection;
 mod gate;

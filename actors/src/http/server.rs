@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::admission::{Admission, Slots};
+use super::bell::{Bell, Phase};
 use super::body::ClientBody;
 use super::connection;
 use super::outgoing::{Client, ClientSettings};
@@ -94,6 +95,7 @@ impl Plan {
             stage,
             streams: streams.clone(),
             tasks: TaskTracker::new(),
+            bell: Bell::default(),
             drain: CancellationToken::new(),
             cut: CancellationToken::new(),
             numbers: AtomicU64::new(1),
@@ -124,9 +126,11 @@ pub struct Server {
     streams: Streams,
     /// Connections, and guests that outlive their first turn.
     tasks: TaskTracker,
-    /// A drain has begun.
+    /// For the connections.
+    bell: Bell,
+    /// For everything else: a drain has begun.
     drain: CancellationToken,
-    /// It is over.
+    /// For everything else: it is over.
     cut: CancellationToken,
     numbers: AtomicU64,
     finished: AtomicU64,
@@ -213,8 +217,9 @@ impl Server {
         let begun = std::time::Instant::now();
         let (finished, broken) = (self.finished.load(Ordering::Relaxed), self.broken.load(Ordering::Relaxed));
         tracing::info!(container = self.name, signal, requests = self.admission.running(), "draining");
-        self.drain.cancel();
         self.close(listener);
+        self.drain.cancel();
+        self.bell.ring(Phase::Draining);
         self.tasks.close();
         let forced = tokio::select! {
             biased;
@@ -251,6 +256,7 @@ impl Server {
     async fn cut_off(&self, signal: u8) -> Outcome {
         self.drain.cancel();
         self.cut.cancel();
+        self.bell.ring(Phase::Cut);
         self.tasks.close();
         self.tasks.wait().await;
         Outcome::Killed(signal)
@@ -294,22 +300,17 @@ impl Server {
     }
 
     pub fn is_draining(&self) -> bool {
-        self.drain.is_cancelled()
+        self.bell.phase() != Phase::Serving
     }
 
-    /// Waits for a drain to begin.
-    pub async fn draining(&self) {
-        self.drain.cancelled().await;
-    }
-
-    /// Waits for the end of patience.
-    pub async fn cut(&self) {
-        self.cut.cancelled().await;
+    /// For connections: how far a drain is.
+    pub fn bell(&self) -> &Bell {
+        &self.bell
     }
 
     /// Waits until a connection that never said anything need not be waited for.
     pub async fn silence(&self) {
-        self.draining().await;
+        self.drain.cancelled().await;
         tokio::time::sleep(connection::FAREWELL).await;
     }
 
