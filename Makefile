@@ -57,7 +57,8 @@ clean: ## Remove the build (the caches in TROUPE_CACHE stay)
 	cargo clean
 
 packages:
-	@.ci/packages runc:'native containers beside the wasm ones' busybox-static:'what the native ones run' \
+	@.ci/packages curl:'a client of the http servers' wrk:'their load in the benches' \
+	  runc:'native containers beside the wasm ones' busybox-static:'what the native ones run' \
 	  debian-archive-keyring:'checks the containerds that are fetched'
 
 containerds:

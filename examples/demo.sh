@@ -31,11 +31,12 @@ prepare() {
     step "Looking for what the demo needs"
     need_cargo
     need_containerd
+    command -v curl >/dev/null || install curl "the client of the http server"
     [ "$(id -u)" = 0 ] || command -v sudo >/dev/null ||
         fail "containerd has to run as root, and there is no sudo: run this as root"
     step "Building the guests (wasm programs)"
     local guests bin
-    guests=$("$repo/tests/guests/build.sh" | tail -n 1)
+    guests=$("$repo/tests/guests/build.sh" rust | tail -n 1)
     bin=${TROUPE_BIN:-}
     if [ -z "$bin" ]; then
         step "Building the shim (release profile; many minutes the first time)"
@@ -100,6 +101,8 @@ show() {
     share_one_process
     stop_with_sigterm
     run_in_the_foreground
+    serve_http
+    drain_under_load
     leave_nothing
     printf '\nThe demo worked.\n'
 }
@@ -201,6 +204,51 @@ run_in_the_foreground() {
     [ "$code" = 2 ] || fail "the exit code is $code, expected 2"
     say "exit code 2"
 }
+
+serve_http() {
+    step "An http server: a component of wasi:http, a fresh instance for each request"
+    shown "$bin/oci-tar-builder" --rootfs --repo localhost/troupe --name web --tag demo \
+        --module "$guests/web.wasm" --out-path "$work/web.tar"
+    ctr image import --snapshotter "$snapshotter" "$work/web.tar" >/dev/null
+    run --detach --net-host --log-uri "file://$work/web.log" --env WASMTIME_HTTP_PROXY_SOCKET_ADDR=127.0.0.1:0 \
+        localhost/troupe/web:demo web /web.wasm
+    within 10 "the server listens" listens
+    shown curl --silent --fail --show-error --max-time 5 "http://$address/hello" | tee "$work/hello"
+    contains "^hello" "the answer is the guest's" <"$work/hello"
+    local first second
+    first=$(curl --silent --max-time 5 "http://$address/static-counter")
+    second=$(curl --silent --max-time 5 "http://$address/static-counter")
+    [ "$first$second" = 11 ] || fail "a request found what another one left: $first, $second"
+    say "a counter in the guest's memory says 1 to every request"
+}
+
+# The port was chosen by the system; the daemon's log, which is containerd's, tells it.
+listens() {
+    address=$(sed -n 's/.*listening container="demo\/web" addr=\([0-9.:]*\).*/\1/p' "$work/containerd.log")
+    [ -n "$address" ]
+}
+
+drain_under_load() {
+    step "SIGTERM under load: eight clients that never pause, until the port is closed"
+    local client clients=() answered lost
+    for client in 1 2 3 4 5 6 7 8; do
+        # One line for each request: its status, and curl's exit code (7: the port is closed, nothing was sent).
+        curl --silent --fail-early --max-time 20 --write-out '%{http_code} %{exitcode}\n' --output /dev/null \
+            "http://$address/sleep?ms=5&[1-100000]" >"$work/client.$client" &
+        clients+=($!)
+    done
+    within 10 "the clients are at work" busy
+    shown ctr task kill --signal SIGTERM web
+    for client in "${clients[@]}"; do wait "$client" || true; done
+    within 30 "the server has drained" stopped web
+    ended web 0
+    answered=$(cat "$work"/client.* | grep -c "^200 0$")
+    lost=$(cat "$work"/client.* | grep -vc "^200 0$\|^000 7$") || true
+    say "$answered requests answered, $lost lost: $(sed -n 's/.*drained container="demo\/web" //p' "$work/containerd.log")"
+    [ "$lost" = 0 ] || fail "requests were lost: $(cat "$work"/client.* | grep -v "^200 0$" | sort | uniq -c)"
+}
+
+busy() { [ "$(cat "$work"/client.* | wc -l)" -gt 200 ]; }
 
 leave_nothing() {
     step "Nothing is left: the shim's process ends by itself, the mounts are gone"

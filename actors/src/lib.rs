@@ -8,12 +8,13 @@
 //!   the table               one state machine
 //!                             │ prepares            │ runs
 //!                             ▼                     ▼
-//!              Bundle, RootFs, Anchor, Stdio    guest::Run on the guests' runtime
+//!              Bundle, RootFs, Anchor, Stdio    a command: guest::Run on the guests' runtime
+//!                                               a server:  http::Server on the workers
 //! ```
 //!
-//! Reading order: `supervisor` (the verbs), `container` (one life), `pod` (namespaces), `guest` (wasm); the leaves
-//! `bundle`, `mounts`, `stdio`, `event`, `error`, `config` as they come up. A module names only what stands after it in
-//! that list.
+//! Reading order: `supervisor` (the verbs), `container` (one life), `http` (servers), `guest` (wasm), `outgoing` (requests
+//! of guests), `pod` (namespaces and sockets); the leaves `bundle`, `mounts`, `stdio`, `signals`, `event`, `error`,
+//! `config`, `units` as they come up. A module names only what stands after it in that list.
 
 mod bundle;
 mod config;
@@ -24,6 +25,7 @@ pub mod guest;
 mod http;
 mod id;
 mod mounts;
+mod outgoing;
 mod pod;
 mod signals;
 mod stdio;

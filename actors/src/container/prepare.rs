@@ -13,9 +13,9 @@ use crate::bundle::Bundle;
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::guest::{Budget, CpuTime, Entry, Environment, LoadError, Program, Run, Stage};
-use crate::http::outgoing::ClientSettings;
 use crate::http::{self, HttpSettings};
 use crate::mounts::{Mount, RootFs};
+use crate::outgoing::ClientSettings;
 use crate::pod::Anchor;
 use crate::stdio::{Keeper, Stdio, StdioPaths};
 

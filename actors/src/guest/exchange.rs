@@ -162,6 +162,17 @@ impl Exchange {
         (state.end == Some(Ok(()))).then(|| std::mem::take(&mut state.left))
     }
 
+    /// Nobody reads the body: a guest that goes on with it is told so.
+    pub fn discard(&self) {
+        let mut state = self.lock();
+        state.body = None;
+        state.left.clear();
+        state.end.get_or_insert(Ok(()));
+        if let Some(writer) = state.writer.take() {
+            writer.wake();
+        }
+    }
+
     /// The guest answers: with a response, or an error instead of one.
     pub(super) fn set(&self, answer: Result<http::Response<HyperOutgoingBody>, p2::bindings::http::types::ErrorCode>) {
         let mut state = self.lock();
@@ -191,7 +202,10 @@ impl Exchange {
     /// A frame of the body; wait for room before the next.
     pub(super) fn push(&self, frame: Frame<Bytes>) {
         let mut state = self.lock();
-        state.left.push_back(frame);
+        // Nobody is there for it any more.
+        if state.end.is_none() {
+            state.left.push_back(frame);
+        }
         state.wake();
     }
 

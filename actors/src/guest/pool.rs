@@ -24,11 +24,16 @@ pub enum Reset {
 /// Requests that can run at once in this process. Address space is all that an unused slot costs.
 pub const INSTANCES: u32 = 1000;
 
+/// Instances that may wait for a next request (`INSTANCE_REUSE`), besides.
+pub const IDLE_INSTANCES: u32 = 500;
+
+const ALL: u32 = INSTANCES + IDLE_INSTANCES;
+
 /// A component is several core instances: the program, its adapter, shims between them.
-const CORE_INSTANCES: u32 = 8 * INSTANCES;
+const CORE_INSTANCES: u32 = 8 * ALL;
 /// Components of several programs, each with a memory of its own, are rare.
-const MEMORIES: u32 = 2 * INSTANCES;
-const TABLES: u32 = 6 * INSTANCES;
+const MEMORIES: u32 = 2 * ALL;
+const TABLES: u32 = 6 * ALL;
 
 /// What one component may consist of; beyond is an error when it is loaded, not when it is asked for.
 const MAX_PARTS: u32 = 200;
@@ -51,12 +56,12 @@ const WARM: u32 = 128;
 /// The allocation strategy of an engine for servers.
 pub fn strategy(reset: Reset) -> InstanceAllocationStrategy {
     let mut pool = PoolingAllocationConfig::new();
-    pool.total_component_instances(INSTANCES)
+    pool.total_component_instances(ALL)
         .total_core_instances(CORE_INSTANCES)
         .total_memories(MEMORIES)
         .total_tables(TABLES)
-        .total_stacks(INSTANCES)
-        .total_gc_heaps(INSTANCES)
+        .total_stacks(ALL)
+        .total_gc_heaps(ALL)
         .max_core_instances_per_component(MAX_PARTS)
         .max_memories_per_component(MAX_MEMORIES)
         .max_tables_per_component(MAX_TABLES)

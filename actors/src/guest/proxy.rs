@@ -13,6 +13,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -30,6 +31,7 @@ use super::LoadError;
 use super::engine::{Engines, Kind};
 use super::epoch::{Clock, Driven, Ticker};
 use super::exchange::{Exchange, Failure};
+use super::pool::IDLE_INSTANCES;
 use super::swap::Watch;
 use super::visitor::{self, Host, Visitor};
 
@@ -190,7 +192,7 @@ impl Serving {
             None => {
                 let mut store = visitor::store(pre.engine(), kind, &self.host, number);
                 match pre.instantiate_async(&mut store).await {
-                    Ok(proxy) => Instance { store, proxy, served: 0, since: None },
+                    Ok(proxy) => Instance { store, proxy, served: 0, idle: None },
                     Err(error) => return exchange.settle(&Err(error)),
                 }
             }
@@ -218,7 +220,28 @@ struct Instance {
     proxy: Proxy,
     served: u32,
     /// Idle since then.
-    since: Option<Instant>,
+    idle: Option<(Instant, IdleSlot)>,
+}
+
+/// One of the slots of the pool that are for idle instances.
+struct IdleSlot;
+
+static IDLE: AtomicU32 = AtomicU32::new(0);
+
+impl IdleSlot {
+    fn take() -> Option<Self> {
+        let slot = (IDLE.fetch_add(1, Ordering::Relaxed) < IDLE_INSTANCES).then_some(Self);
+        if slot.is_none() {
+            IDLE.fetch_sub(1, Ordering::Relaxed);
+        }
+        slot
+    }
+}
+
+impl Drop for IdleSlot {
+    fn drop(&mut self) {
+        IDLE.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Instance {
@@ -253,20 +276,23 @@ impl Warm {
         if self.reuse < 2 {
             return None;
         }
-        let instance = self.lock().pop()?;
+        let mut instance = self.lock().pop()?;
+        instance.idle = None;
         Engine::same(instance.store.engine(), engine).then_some(instance)
     }
 
     fn keep(&self, mut instance: Instance) {
-        if instance.served < self.reuse {
-            instance.since = Some(Instant::now());
+        if instance.served < self.reuse
+            && let Some(slot) = IdleSlot::take()
+        {
+            instance.idle = Some((Instant::now(), slot));
             self.lock().push(instance);
         }
     }
 
     fn cool_down(&self) {
         let now = Instant::now();
-        let is_old = |instance: &Instance| instance.since.is_some_and(|since| now - since >= self.idle);
+        let is_old = |instance: &Instance| instance.idle.as_ref().is_some_and(|(since, _)| now - *since >= self.idle);
         // The oldest are at the bottom. Dropped after the lock.
         let old: Vec<Instance> = {
             let mut instances = self.lock();

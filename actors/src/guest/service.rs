@@ -10,6 +10,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use http::header::HOST;
+use http::uri::{Authority, Scheme, Uri};
 use http_body::Body;
 use http_body_util::BodyExt;
 use wasmtime::component::Accessor;
@@ -55,7 +57,7 @@ where
     B::Error: Into<wasmtime_wasi_http::Error>,
 {
     let (request, sent): (_, Sent) = accessor.with(|mut store| {
-        let (request, sent) = Request::from_http(store.data_mut().http().hooks, request);
+        let (request, sent) = Request::from_http(store.data_mut().http().hooks, with_authority(request));
         (request, Box::pin(sent) as Sent)
     });
     let response = match service.handle(accessor, request).await? {
@@ -78,4 +80,21 @@ where
     }
     exchange.complete();
     Ok(())
+}
+
+/// With scheme and authority in the target, where WASI 0.3 looks for them: HTTP/1.1 has the authority in a header.
+fn with_authority<B>(mut request: http::Request<B>) -> http::Request<B> {
+    if request.uri().authority().is_some() {
+        return request;
+    }
+    let host = request.headers().get(HOST);
+    if let Some(authority) = host.and_then(|host| Authority::try_from(host.as_bytes()).ok()) {
+        let mut parts = request.uri().clone().into_parts();
+        parts.scheme = Some(Scheme::HTTP);
+        parts.authority = Some(authority);
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
 }

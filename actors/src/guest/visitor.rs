@@ -18,8 +18,8 @@ use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 use super::engine::Kind;
 use super::epoch::CpuTime;
+use super::hooks::Hooks;
 use super::limits::{Budget, Meter};
-use super::outgoing::Hooks;
 use super::store::{Environment, MAX_RANDOM, MAX_RESOURCES};
 use crate::stdio::{Lines, Output};
 

@@ -164,9 +164,14 @@ impl Answer {
         HeaderValue::from_str(&names.join(", ")).ok()
     }
 
-    /// hyper does not ask for a body that the protocol forbids (HEAD, 204, 304): it is delivered.
+    /// A body that the protocol forbids (HEAD, 204, 304) is delivered, and nobody is left for the guest to write to.
     fn note_end(&mut self) {
-        if self.visit.is_bodyless() || self.is_end_stream() {
+        if let Content::Stream { exchange, .. } = &self.content
+            && self.visit.is_bodyless()
+        {
+            exchange.discard();
+        }
+        if self.is_end_stream() {
             self.delivered();
         }
     }
@@ -203,6 +208,10 @@ impl Body for Answer {
     type Error = Failure;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        // hyper leaves out the body of an answer to HEAD in HTTP/1.1, but not in HTTP/2.
+        if self.visit.is_bodyless() {
+            return Poll::Ready(None);
+        }
         let frame = match &mut self.content {
             Content::Whole { frames, .. } => frames.pop_front().map(Ok),
             Content::Stream { exchange, .. } => ready!(exchange.poll_frame(cx)),
@@ -212,10 +221,11 @@ impl Body for Answer {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.content {
-            Content::Whole { frames, .. } => frames.is_empty(),
-            Content::Stream { .. } => false,
-        }
+        self.visit.is_bodyless()
+            || match &self.content {
+                Content::Whole { frames, .. } => frames.is_empty(),
+                Content::Stream { .. } => false,
+            }
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -80,7 +80,8 @@ async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
 async fn serve_http1(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
     let settings = server.settings();
     let mut builder = http1::Builder::new();
-    builder.max_buf_size(settings.max_header_size).half_close(false).pipeline_flush(true);
+    // Not pipeline_flush: with it hyper buffers a response without bound, however slow its reader is.
+    builder.max_buf_size(settings.max_header_size).half_close(false);
     if settings.max_headers != DEFAULT_MAX_HEADERS {
         builder.max_headers(settings.max_headers);
     }

@@ -21,12 +21,10 @@ mod settings;
 mod visit;
 mod workers;
 
-pub mod outgoing;
-
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use admission::Slots;
-pub use outgoing::OutgoingPolicy;
+
 pub use server::Plan;
 pub use settings::HttpSettings;
 pub use workers::Workers;

@@ -56,7 +56,8 @@ fn examine<B: Body>(request: &Request<B>, max_body: u64) -> Result<(), (StatusCo
     const BAD: StatusCode = StatusCode::BAD_REQUEST;
     let headers = request.headers();
     let mut hosts = headers.get_all(HOST).iter();
-    let named = request.uri().authority().is_some() || hosts.next().is_some_and(|host| host.to_str().is_ok());
+    let host = hosts.next();
+    let named = request.uri().authority().is_some() || host.is_some_and(|host| host.to_str().is_ok());
     match () {
         () if hosts.next().is_some() => Err((BAD, "more than one Host\n")),
         () if !named => Err((BAD, "no Host\n")),
@@ -194,7 +195,7 @@ fn name_trailers(response: &mut Response<Answer>) {
 }
 
 /// The answer in place of the guest's, and one line that says why.
-fn failed(server: &Server, failure: &Failure, verdict: Option<&Verdict>, visit: Visit) -> Response<Answer> {
+fn failed(server: &Server, failure: &Failure, verdict: Option<&Verdict>, mut visit: Visit) -> Response<Answer> {
     let number = visit.number();
     if verdict.is_some_and(Verdict::is_too_large) {
         return refuse(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large\n", visit);
@@ -207,7 +208,10 @@ fn failed(server: &Server, failure: &Failure, verdict: Option<&Verdict>, visit: 
         Failure::TimedOut => refuse(StatusCode::GATEWAY_TIMEOUT, "the request timed out\n", visit),
         Failure::Upstream(_) => refuse(StatusCode::BAD_GATEWAY, "an upstream of the guest failed\n", visit),
         Failure::Crowded(_) => overloaded(server, visit),
-        Failure::Stopped => refuse(StatusCode::SERVICE_UNAVAILABLE, "the container is stopping\n", visit),
+        Failure::Stopped => {
+            visit.cut();
+            refuse(StatusCode::SERVICE_UNAVAILABLE, "the container is stopping\n", visit)
+        }
         Failure::Trapped(_) | Failure::OutOfMemory(_) | Failure::Silent(_) | Failure::Refused(_) | Failure::Host(_) => {
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed\n", visit)
         }

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::OutgoingPolicy;
 use crate::guest::Bounds;
+use crate::outgoing::OutgoingPolicy;
 use crate::units::{parse_bytes, parse_duration};
 
 const VARIABLE: &str = "WASMTIME_HTTP_PROXY_";

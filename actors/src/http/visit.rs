@@ -32,6 +32,7 @@ pub struct Visit {
 enum End {
     Open,
     Complete,
+    Cut,
 }
 
 struct Line {
@@ -93,7 +94,14 @@ impl Visit {
 
     /// All of the answer was handed to the connection.
     pub fn complete(&mut self) {
-        self.end = End::Complete;
+        if self.end == End::Open {
+            self.end = End::Complete;
+        }
+    }
+
+    /// It was not let finish: whatever the client is told instead, it counts as cut.
+    pub fn cut(&mut self) {
+        self.end = End::Cut;
     }
 
     /// The body broke off, and the client will see it.

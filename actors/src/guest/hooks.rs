@@ -16,7 +16,7 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use wasmtime_wasi_http::{Error, RequestOptions, Result, WasiBody, WasiHttpHooks};
 
-use crate::http::outgoing::{BoxError, Client, Exchange, Failure, SendError, Timeouts};
+use crate::outgoing::{BoxError, Client, Exchange, Failure, SendError, Timeouts};
 
 /// How a guest's own wasi:http calls reach the world. A clone is for another guest.
 #[derive(Default)]

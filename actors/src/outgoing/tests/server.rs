@@ -22,7 +22,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use super::PATIENCE;
-use crate::http::outgoing::BoxError;
+use crate::outgoing::BoxError;
 
 pub(super) type Answer = Response<UnsyncBoxBody<Bytes, BoxError>>;
 
