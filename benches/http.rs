@@ -193,7 +193,7 @@ impl<'a> Served<'a> {
 
 /// The address that a container chose, from the log of its daemon.
 fn addr_of(containerd: &Containerd, offset: u64, id: &str) -> Result<SocketAddr> {
-    let name = format!("/{id}\" addr=");
+    let name = format!("/{id} addr=");
     wait::until("a server to listen", SOON, || {
         let log = containerd.whole_log_since(offset);
         let line = log.lines().find_map(|line| line.split_once(&name));

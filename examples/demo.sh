@@ -224,7 +224,7 @@ serve_http() {
 
 # The port was chosen by the system; the daemon's log, which is containerd's, tells it.
 listens() {
-    address=$(sed -n 's/.*listening container="demo\/web" addr=\([0-9.:]*\).*/\1/p' "$work/containerd.log")
+    address=$(sed -n 's/.*listening container=demo\/web addr=\([0-9.:]*\).*/\1/p' "$work/containerd.log")
     [ -n "$address" ]
 }
 
@@ -244,7 +244,7 @@ drain_under_load() {
     ended web 0
     answered=$(cat "$work"/client.* | grep -c "^200 0$")
     lost=$(cat "$work"/client.* | grep -vc "^200 0$\|^000 7$") || true
-    say "$answered requests answered, $lost lost: $(sed -n 's/.*drained container="demo\/web" //p' "$work/containerd.log")"
+    say "$answered requests answered, $lost lost: $(sed -n 's/.*drained container=demo\/web //p' "$work/containerd.log")"
     [ "$lost" = 0 ] || fail "requests were lost: $(cat "$work"/client.* | grep -v "^200 0$" | sort | uniq -c)"
 }
 

@@ -17,14 +17,15 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper::body::Incoming;
-use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper::rt::{Executor, Read, ReadBufCursor, Write};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::net::RecvFlags;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
 
 use super::bell::Phase;
 use super::request::respond;
@@ -91,12 +92,22 @@ async fn serve_http1(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> 
     drive(server, progress, connection.as_mut(), |connection| connection.graceful_shutdown()).await
 }
 
+/// The streams of an HTTP/2 connection are tasks of the server, which waits for them.
+#[derive(Clone)]
+struct Streams(TaskTracker);
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Streams {
+    fn execute(&self, stream: F) {
+        drop(self.0.spawn(stream));
+    }
+}
+
 /// hyper has room for so many on its stack; another number, even a smaller one, costs every request an allocation.
 const DEFAULT_MAX_HEADERS: usize = 100;
 
 async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
     let settings = server.settings();
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+    let mut builder = http2::Builder::new(Streams(server.tasks().clone()));
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
@@ -127,10 +138,10 @@ async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
     let _heard = server.bell().listen(poll_fn(|cx| Poll::Ready(cx.waker().clone())).await);
     let (mut told, mut registered) = (false, false);
     let mut timer = pin!(tokio::time::sleep_until(progress.deadline(server, told)));
-    poll_fn(|cx| {
+    let mut next = |connection: &mut Pin<&mut C>, cx: &mut Context<'_>| {
         loop {
             if let Poll::Ready(result) = connection.as_mut().poll(cx) {
-                return Poll::Ready(result);
+                return Poll::Ready(Next::Ended(result));
             }
             match server.bell().phase() {
                 Phase::Serving => {}
@@ -144,7 +155,7 @@ async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
                     registered = false;
                     continue;
                 }
-                Phase::Cut => return Poll::Ready(Ok(())),
+                Phase::Cut => return Poll::Ready(Next::Ended(Ok(()))),
             }
             // Once registered, a timer that has not fired need not be asked.
             if registered && !timer.is_elapsed() {
@@ -152,20 +163,40 @@ async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
             }
             registered = true;
             ready!(timer.as_mut().poll(cx));
-            match progress.expired(server, told) {
-                Expired::No => {}
-                // In a drain the connection has had its farewell: no request came.
-                Expired::Farewell => say_goodbye(connection.as_mut()),
-                Expired::Dead(why) => {
-                    tracing::debug!(container = %server.name(), peer = %progress.peer, why, "a connection is closed");
-                    return Poll::Ready(Ok(()));
-                }
-            }
+            let expired = progress.expired(server, told);
             timer.as_mut().reset(progress.next_look(server, told));
             registered = false;
+            match expired {
+                Expired::No => {}
+                Expired::Farewell => return Poll::Ready(Next::Farewell),
+                Expired::Dead(why) => {
+                    tracing::debug!(container = %server.name(), peer = %progress.peer, why, "a connection is closed");
+                    return Poll::Ready(Next::Ended(Ok(())));
+                }
+            }
         }
-    })
-    .await
+    };
+    loop {
+        if let Next::Ended(result) = poll_fn(|cx| next(&mut connection, cx)).await {
+            return result;
+        }
+        // In a drain the connection has had its farewell and no request came. One that is in the socket by now shows after
+        // a turn of the reactor.
+        tokio::task::yield_now().await;
+        if let Poll::Ready(result) = poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await {
+            return result;
+        }
+        if progress.is_idle() {
+            say_goodbye(connection.as_mut());
+        }
+    }
+}
+
+/// What became of a connection.
+enum Next {
+    Ended(Result<(), hyper::Error>),
+    /// It had its farewell.
+    Farewell,
 }
 
 /// What a connection is doing, noted by its reads, writes and requests. All times in milliseconds since it was accepted.
@@ -229,6 +260,11 @@ impl Progress {
     /// A connection with a request in flight is told too: its answer then says that it is the last.
     fn may_close_at_once(&self) -> bool {
         self.goodbye.load(Ordering::Relaxed) || self.requests.load(Ordering::Relaxed) > 0
+    }
+
+    /// No request, and none that begins.
+    fn is_idle(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) == 0 && self.head.load(Ordering::Relaxed) == 0
     }
 
     fn now(&self) -> u64 {

@@ -148,7 +148,7 @@ impl Server {
             Err(error) => return Outcome::HostFailed(format!("watch the listener: {error}")),
         };
         if let Ok(addr) = addr {
-            tracing::info!(container = self.name, %addr, "listening");
+            tracing::info!(container = %self.name, %addr, "listening");
         }
         let room = Arc::new(Semaphore::new(self.settings.max_connections));
         let first = tokio::select! {
@@ -170,7 +170,7 @@ impl Server {
             match listener.async_io(Interest::READABLE, accept).await {
                 Ok((stream, peer)) => self.connected(stream, peer, Some(permit)),
                 Err(error) => {
-                    tracing::warn!(container = self.name, %error, "a connection cannot be accepted");
+                    tracing::warn!(container = %self.name, %error, "a connection cannot be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -190,7 +190,7 @@ impl Server {
             let _held = (place, room);
             match tokio::net::TcpStream::from_std(stream) {
                 Ok(stream) => connection::serve(server, stream, peer).await,
-                Err(error) => tracing::warn!(container = server.name, %error, "a connection cannot be served"),
+                Err(error) => tracing::warn!(container = %server.name, %error, "a connection cannot be served"),
             }
         };
         drop(self.tasks.spawn_on(task, &runtime));
@@ -216,7 +216,7 @@ impl Server {
     ) -> Outcome {
         let begun = std::time::Instant::now();
         let (finished, broken) = (self.finished.load(Ordering::Relaxed), self.broken.load(Ordering::Relaxed));
-        tracing::info!(container = self.name, signal, requests = self.admission.running(), "draining");
+        tracing::info!(container = %self.name, signal, requests = self.admission.running(), "draining");
         self.close(listener);
         self.drain.cancel();
         self.bell.ring(Phase::Draining);
@@ -232,7 +232,7 @@ impl Server {
             Some(signal) => self.cut_off(signal).await,
         };
         tracing::info!(
-            container = self.name,
+            container = %self.name,
             finished = self.finished.load(Ordering::Relaxed) - finished,
             cut = self.broken.load(Ordering::Relaxed) - broken,
             elapsed_ms = begun.elapsed().as_millis() as u64,
@@ -246,7 +246,7 @@ impl Server {
     fn close(self: &Arc<Self>, listener: AsyncFd<OwnedFd>) {
         let listener = listener.into_inner();
         if let Err(error) = super::gate::shut(&listener) {
-            tracing::warn!(container = self.name, %error, "connections that arrive right now may be reset");
+            tracing::warn!(container = %self.name, %error, "connections that arrive right now may be reset");
         }
         while let Ok((stream, peer)) = accept(&listener) {
             self.connected(stream, peer, None);
@@ -327,18 +327,18 @@ impl Server {
     pub fn overloaded(&self) {
         if !self.crowded.swap(true, Ordering::Relaxed) {
             let (running, limit) = (self.admission.running(), self.admission.limit());
-            tracing::warn!(container = self.name, running, limit, "overload: requests are answered with 503");
+            tracing::warn!(container = %self.name, running, limit, "overload: requests are answered with 503");
         }
     }
 
     /// One line about a request that failed, for the operator and for the reader of the container's log.
     pub fn report(&self, request: u64, target: &str, failure: &Failure) {
         if matches!(failure, Failure::Stopped) {
-            return tracing::debug!(container = self.name, request, target, %failure, "a request was stopped");
+            return tracing::debug!(container = %self.name, request, target, %failure, "a request was stopped");
         }
         let cause = failure.to_string();
         let cause = cause.lines().next_back().unwrap_or_default().trim();
-        tracing::warn!(container = self.name, request, target, cause, "a request failed");
+        tracing::warn!(container = %self.name, request, target, cause, "a request failed");
         self.streams.stderr.line(&format!("request {request} {target}: {failure}\n"));
     }
 
