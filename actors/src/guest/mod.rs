@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Read in this order: `module` (how bytes become a program), `program` (imports and entry), `store`, `run`, `exit`; for
-//! servers `proxy` (a request's visit), `visitor` (its store), `exchange` (its answer); then `engine`, `pool`, `epoch` and
+//! servers `proxy` (linked), `serving` (a request's visit), `visitor` (its store), `exchange` (its answer); then `engine`, `pool`, `epoch` and
 //! `limits`, which keep guests from harming each other.
 
 mod cache;
@@ -29,9 +29,11 @@ mod proxy;
 mod random;
 mod run;
 mod service;
+mod serving;
 mod store;
 mod swap;
 mod visitor;
+mod warm;
 mod worker;
 
 use std::sync::Arc;
@@ -46,8 +48,8 @@ pub use limits::Budget;
 pub use module::{Code, CompileSettings, Programs};
 pub use pool::INSTANCES;
 pub use program::{Entry, Program};
-pub use proxy::{Flight, Serving, Step};
 pub use run::Run;
+pub use serving::{Flight, Serving, Step};
 pub use store::Environment;
 pub use visitor::Host;
 pub use worker::compile_worker;

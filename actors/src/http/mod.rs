@@ -4,7 +4,7 @@
 //! Server::run ── accept ──▶ connection (a worker) ── a request ──▶ respond ──▶ guest::Flight
 //!   listener, drain          HTTP/1.1, HTTP/2, timeouts            permit, deadline, answer
 //! ```
-//! Reading order: `server` (a life), `connection`, `request` (the path of a request), `body`, `visit` (accounting); then
+//! Reading order: `server` (a life), `connection` and `progress`, `request` (the path of a request), `body`, `visit` (accounting); then
 //! `workers` and `admission`, which keep servers from harming each other, and `settings`.
 //!
 //! Not an actor of its own: a server has one owner, the container's actor, which hears of its end as of a command's; and
@@ -15,6 +15,8 @@ mod bell;
 mod body;
 mod connection;
 mod gate;
+mod plan;
+mod progress;
 mod request;
 mod server;
 mod settings;
@@ -25,7 +27,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use admission::Slots;
 
-pub use server::Plan;
+pub use plan::Plan;
 pub use settings::HttpSettings;
 pub use workers::Workers;
 

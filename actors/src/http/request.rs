@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::admission::Permit;
 use super::body::{Answer, ClientBody, Leash, Verdict};
-use super::connection::Progress;
+use super::progress::Progress;
 use super::server::Server;
 use super::visit::Visit;
 use crate::guest::{Exchange, Failure, Flight, Step};

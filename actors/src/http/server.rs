@@ -20,7 +20,6 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -28,92 +27,15 @@ use super::admission::{Admission, Slots};
 use super::bell::{Bell, Phase};
 use super::body::ClientBody;
 use super::connection;
+use super::progress::FAREWELL;
 use super::settings::HttpSettings;
 use super::workers::Workers;
-use crate::error::Result;
-use crate::guest::{Budget, CpuTime, Environment, Failure, Flight, Hooks, Host, Outcome, Program, Serving, Stage};
-use crate::outgoing::{Client, ClientSettings};
-use crate::pod::listen;
+use crate::guest::{Failure, Flight, Outcome, Serving, Stage};
 use crate::signals::Signals;
-use crate::stdio::{Stdio, Streams, watched};
+use crate::stdio::{Streams, watched};
 
 /// After a failed `accept` (no descriptors left, say): the next one would fail at once as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-
-/// What a server is made of, before it is started.
-pub struct Plan {
-    /// The container, for the log.
-    pub name: String,
-    pub settings: HttpSettings,
-    pub program: Arc<Program>,
-    pub environment: Environment,
-    pub stdio: Stdio,
-    pub budget: Arc<Budget>,
-    pub cpu: Arc<CpuTime>,
-    pub client: ClientSettings,
-    pub workers: Arc<Workers>,
-    pub slots: Arc<Slots>,
-}
-
-impl Plan {
-    /// Begins to serve, on a worker. `socket` is bound, in the network of the pod; connections may come from here on.
-    ///
-    /// # Errors
-    /// `Host` when the address cannot be listened on.
-    pub fn begin(
-        self,
-        socket: OwnedFd,
-        stage: Arc<Stage>,
-        signals: watch::Receiver<Signals>,
-    ) -> Result<JoinHandle<Outcome>> {
-        let listener = listen(socket, self.settings.socket_addr, self.settings.backlog)?;
-        let runtime = self.workers.place().map_or_else(|| stage.runtime.clone(), |place| place.runtime.clone());
-        Ok(runtime.spawn(self.run(listener, stage, signals)))
-    }
-
-    async fn run(self, listener: TcpListener, stage: Arc<Stage>, mut signals: watch::Receiver<Signals>) -> Outcome {
-        let streams = match self.stdio.attach() {
-            Ok(streams) => streams,
-            Err(error) => return Outcome::HostFailed(format!("attach the standard streams: {error}")),
-        };
-        let host = Host {
-            environment: self.environment,
-            stdout: Arc::clone(&streams.stdout),
-            stderr: Arc::clone(&streams.stderr),
-            log_request_id: self.settings.log_request_id,
-            budget: self.budget,
-            cpu: self.cpu,
-            hooks: Hooks::new(Some(Client::new(&self.client))),
-        };
-        let (reuse, idle) = (self.settings.instance_reuse, self.settings.instance_idle_timeout);
-        let server = Arc::new(Server {
-            name: self.name,
-            serving: Serving::new(self.program, host, reuse, idle),
-            workers: self.workers,
-            admission: Admission::new(self.slots, self.settings.max_concurrent_requests),
-            settings: self.settings,
-            stage,
-            streams: streams.clone(),
-            tasks: TaskTracker::new(),
-            bell: Bell::default(),
-            drain: CancellationToken::new(),
-            cut: CancellationToken::new(),
-            numbers: AtomicU64::new(1),
-            finished: AtomicU64::new(0),
-            broken: AtomicU64::new(0),
-            crowded: AtomicBool::new(false),
-        });
-        let outcome = server.serve(listener, &mut signals).await;
-        drop(server);
-        // A reader that stalls holds up the end of its own container only, and a further signal ends the wait.
-        tokio::select! {
-            biased;
-            () = streams.finish() => {}
-            _ = signals.changed() => {}
-        }
-        outcome
-    }
-}
 
 /// A server at work.
 pub struct Server {
@@ -139,9 +61,43 @@ pub struct Server {
     crowded: AtomicBool,
 }
 
+/// What a server shares with the others of the process.
+pub struct Threads {
+    pub workers: Arc<Workers>,
+    pub slots: Arc<Slots>,
+    pub stage: Arc<Stage>,
+}
+
 impl Server {
+    /// A server that nobody can reach yet.
+    pub fn new(
+        name: String,
+        settings: HttpSettings,
+        serving: Arc<Serving>,
+        Threads { workers, slots, stage }: Threads,
+        streams: Streams,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            name,
+            serving,
+            workers,
+            admission: Admission::new(slots, settings.max_concurrent_requests),
+            settings,
+            stage,
+            streams,
+            tasks: TaskTracker::new(),
+            bell: Bell::default(),
+            drain: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            numbers: AtomicU64::new(1),
+            finished: AtomicU64::new(0),
+            broken: AtomicU64::new(0),
+            crowded: AtomicBool::new(false),
+        })
+    }
+
     /// Serves until a signal ends it.
-    async fn serve(self: &Arc<Self>, listener: TcpListener, signals: &mut watch::Receiver<Signals>) -> Outcome {
+    pub async fn serve(self: &Arc<Self>, listener: TcpListener, signals: &mut watch::Receiver<Signals>) -> Outcome {
         let addr = listener.local_addr();
         let listener = match watched(listener.into(), Interest::READABLE) {
             Ok(listener) => listener,
@@ -311,7 +267,7 @@ impl Server {
     /// Waits until a connection that never said anything need not be waited for.
     pub async fn silence(&self) {
         self.drain.cancelled().await;
-        tokio::time::sleep(connection::FAREWELL).await;
+        tokio::time::sleep(FAREWELL).await;
     }
 
     /// A request is over.

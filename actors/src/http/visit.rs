@@ -9,7 +9,7 @@ use std::time::Instant;
 use http::{Method, Request, StatusCode, Uri};
 use serde_json::json;
 
-use super::connection::Progress;
+use super::progress::Progress;
 use super::server::Server;
 use crate::guest::Failure;
 

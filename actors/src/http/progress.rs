@@ -1,0 +1,212 @@
+//! What one connection is doing, and how long it may.
+//!
+//! Reads, writes and requests note the time; nothing here waits. `connection.rs` asks when its timer fires.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use super::server::Server;
+
+/// In a drain an idle connection stays this long: a request may be on its way to it, and closing at once would lose it.
+pub const FAREWELL: Duration = Duration::from_millis(100);
+
+/// What a connection is doing, noted by its reads, writes and requests. All times in milliseconds since it was accepted.
+#[derive(Debug)]
+pub struct Progress {
+    peer: SocketAddr,
+    accepted: Instant,
+    /// The last byte read or written.
+    last: AtomicU64,
+    /// The first byte of a head that is not complete; zero is none.
+    head: AtomicU64,
+    requests: AtomicU32,
+    served: AtomicBool,
+    /// The client does not take what is written.
+    blocked: AtomicBool,
+    goodbye: AtomicBool,
+}
+
+/// What the timer of a connection found.
+pub enum Expired {
+    No,
+    Farewell,
+    Dead(&'static str),
+}
+
+impl Progress {
+    /// A connection that was accepted just now.
+    pub fn new(peer: SocketAddr) -> Arc<Self> {
+        Arc::new(Self {
+            peer,
+            accepted: Instant::now(),
+            last: AtomicU64::new(0),
+            head: AtomicU64::new(0),
+            requests: AtomicU32::new(0),
+            served: AtomicBool::new(false),
+            blocked: AtomicBool::new(false),
+            goodbye: AtomicBool::new(false),
+        })
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// A request begins.
+    pub fn begun(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.head.store(0, Ordering::Relaxed);
+        self.served.store(true, Ordering::Relaxed);
+    }
+
+    /// A request has its answer, or never will.
+    pub fn ended(&self) {
+        self.requests.fetch_sub(1, Ordering::Relaxed);
+        self.last.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// Its protocol can end without losing what is on its way.
+    pub fn says_goodbye_itself(&self) {
+        self.goodbye.store(true, Ordering::Relaxed);
+    }
+
+    /// A connection with a request in flight is told too: its answer then says that it is the last.
+    pub fn may_close_at_once(&self) -> bool {
+        self.goodbye.load(Ordering::Relaxed) || self.requests.load(Ordering::Relaxed) > 0
+    }
+
+    /// No request, and none that begins.
+    pub fn is_idle(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) == 0 && self.head.load(Ordering::Relaxed) == 0
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.accepted.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn read(&self) {
+        let now = self.now();
+        self.last.store(now, Ordering::Relaxed);
+        if self.requests.load(Ordering::Relaxed) == 0 && self.head.load(Ordering::Relaxed) == 0 {
+            self.head.store(now.max(1), Ordering::Relaxed);
+        }
+    }
+
+    fn wrote(&self, blocked: bool) {
+        self.blocked.store(blocked, Ordering::Relaxed);
+        if !blocked {
+            self.last.store(self.now(), Ordering::Relaxed);
+        }
+    }
+
+    /// When the timer has to look again.
+    pub fn deadline(&self, server: &Server, told: bool) -> Instant {
+        let settings = server.settings();
+        let (since, patience) = if self.blocked.load(Ordering::Relaxed) {
+            (self.last.load(Ordering::Relaxed), settings.idle_timeout)
+        } else if self.requests.load(Ordering::Relaxed) > 0 {
+            // The request has deadlines of its own; look whether the client still reads.
+            (self.now(), settings.idle_timeout)
+        } else if self.head.load(Ordering::Relaxed) > 0 {
+            (self.head.load(Ordering::Relaxed), settings.header_timeout)
+        } else if told {
+            (self.last.load(Ordering::Relaxed), FAREWELL)
+        } else if !self.served.load(Ordering::Relaxed) {
+            (0, settings.header_timeout)
+        } else {
+            (self.last.load(Ordering::Relaxed), settings.idle_timeout)
+        };
+        self.accepted + Duration::from_millis(since) + patience
+    }
+
+    /// The same, but not at once again: what has expired is being dealt with.
+    pub fn next_look(&self, server: &Server, told: bool) -> Instant {
+        self.deadline(server, told).max(Instant::now() + FAREWELL)
+    }
+
+    /// What is due now.
+    pub fn expired(&self, server: &Server, told: bool) -> Expired {
+        if Instant::now() < self.deadline(server, told) {
+            return Expired::No;
+        }
+        if self.blocked.load(Ordering::Relaxed) {
+            return Expired::Dead("the client does not read");
+        }
+        if self.requests.load(Ordering::Relaxed) > 0 {
+            return Expired::No;
+        }
+        if self.head.load(Ordering::Relaxed) > 0 {
+            return Expired::Dead("the head of a request takes too long");
+        }
+        match (told, self.served.load(Ordering::Relaxed)) {
+            (true, _) => Expired::Farewell,
+            (false, false) => Expired::Dead("no request came"),
+            (false, true) => Expired::Dead("idle"),
+        }
+    }
+}
+
+/// The connection's bytes, watched.
+pub struct Io {
+    stream: TokioIo<TcpStream>,
+    progress: Arc<Progress>,
+}
+
+impl Read for Io {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.progress.read();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Io {
+    /// `stream`, whose reads and writes `progress` notes.
+    pub fn new(stream: TcpStream, progress: Arc<Progress>) -> Self {
+        Self { stream: TokioIo::new(stream), progress }
+    }
+
+    fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.progress.wrote(written.is_pending());
+        written
+    }
+}
+
+impl Write for Io {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.note(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.note(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
