@@ -213,8 +213,9 @@ serve_http() {
     run --detach --net-host --log-uri "file://$work/web.log" --env WASMTIME_HTTP_PROXY_SOCKET_ADDR=127.0.0.1:0 \
         localhost/troupe/web:demo web /web.wasm
     within 10 "the server listens" listens
-    shown curl --silent --fail --show-error --max-time 5 "http://$address/hello" | tee "$work/hello"
-    contains "^hello" "the answer is the guest's" <"$work/hello"
+    say "curl http://$address/hello"
+    curl --silent --fail --show-error --max-time 5 "http://$address/hello" | tee "$work/hello" | indented
+    contains "hello" "the answer is the guest's" <"$work/hello"
     local first second
     first=$(curl --silent --max-time 5 "http://$address/static-counter")
     second=$(curl --silent --max-time 5 "http://$address/static-counter")
