@@ -20,7 +20,7 @@ use std::net::SocketAddr;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{Response, server::conn::http1, service::service_fn};
@@ -34,6 +34,7 @@ const CONNECTIONS: &str = "32";
 const SECONDS: &str = "3";
 const ROUNDS: usize = 5;
 const IDLE_CONTAINERS: usize = 500;
+const LAUNCHERS: usize = 4;
 const SOON: Duration = Duration::from_secs(20);
 /// Tells this program to be the plain server, on the address that follows.
 const PLAIN: &str = "TROUPE_BENCH_PLAIN";
@@ -123,7 +124,7 @@ fn neighbour(containerd: &Containerd) -> Result<bool> {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let mut kept = true;
     for spinners in [cores, 4 * cores] {
-        let noise = Child::from(wrk_command(noisy.addr, "/spin", &spinners.to_string(), "6").spawn()?);
+        let noise = wrk_command(noisy.addr, "/spin", &spinners.to_string(), "6").spawn()?;
         let beside = wrk(healthy.addr, "/hello");
         let output = noise.wait_with_output()?;
         let beside = beside?;
@@ -148,8 +149,7 @@ fn density(containerd: &Containerd) -> Result<bool> {
     let before = proc::pss_kib(daemon)?;
     let offset = containerd.log_length();
     let begin = Instant::now();
-    let containers =
-        (0..IDLE_CONTAINERS).map(|_| Served::launch(&client, "/web.wasm", &[])).collect::<Result<Vec<_>>>()?;
+    let containers = launch_many(&client)?;
     let rate = IDLE_CONTAINERS as f64 / begin.elapsed().as_secs_f64();
     for container in containers {
         let addr = addr_of(containerd, offset, &container.id)?;
@@ -166,6 +166,18 @@ fn density(containerd: &Containerd) -> Result<bool> {
     let mut kept = report("PSS of a further idle http container", idle, "KiB", 100.0, false);
     kept &= report("http containers started by ctr run -d", rate, "/s", 30.0, true);
     Ok(kept)
+}
+
+/// By several clients at once, as a kubelet would.
+fn launch_many<'a>(client: &Client<'a>) -> Result<Vec<Container<'a>>> {
+    std::thread::scope(|scope| {
+        let some = || (0..IDLE_CONTAINERS / LAUNCHERS).map(|_| Served::launch(client, "/web.wasm", &[])).collect();
+        let launchers: Vec<_> = (0..LAUNCHERS).map(|_| scope.spawn(some)).collect();
+        let joined =
+            launchers.into_iter().map(|launcher| launcher.join().map_err(|_| anyhow!("a launcher panicked"))?);
+        let launched = joined.collect::<Result<Vec<Vec<_>>>>()?;
+        Ok(launched.into_iter().flatten().collect())
+    })
 }
 
 /// A container that serves.

@@ -113,10 +113,11 @@ impl Engines {
             return Ok(engine.clone());
         }
         let mut config = config(kind);
-        if let Kind::Http(_) = kind {
-            config.allocation_strategy(pool::strategy(reset));
-        }
-        let engine = new_engine(config.enable_compiler(false))?;
+        config.enable_compiler(false);
+        let engine = match kind {
+            Kind::Http(_) => pooled(config, reset)?,
+            Kind::Command | Kind::Concurrent => new_engine(&config)?,
+        };
         Ok(made.engines.entry((kind, reset)).or_insert(engine).clone())
     }
 
@@ -182,6 +183,17 @@ fn servers(config: &mut Config, bounds: Bounds) {
 fn concurrent(config: &mut Config) {
     commands(config);
     config.concurrency_support(true);
+}
+
+/// With a pool, or without one where there is no address space for it (a limit, a strict overcommit policy): then every
+/// request pays for mappings of its own.
+fn pooled(mut config: Config, reset: Reset) -> Result<Engine, LoadError> {
+    config.allocation_strategy(pool::strategy(reset));
+    new_engine(&config).or_else(|error| {
+        tracing::warn!(%error, "servers run without a pool of instances: requests cost several times as much");
+        config.allocation_strategy(InstanceAllocationStrategy::OnDemand);
+        new_engine(&config)
+    })
 }
 
 fn new_engine(config: &Config) -> Result<Engine, LoadError> {

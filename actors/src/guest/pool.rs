@@ -35,6 +35,9 @@ const CORE_INSTANCES: u32 = 8 * ALL;
 const MEMORIES: u32 = 2 * ALL;
 const TABLES: u32 = 6 * ALL;
 
+/// Guests of languages with garbage collection are few, and each of these takes as much address space as a memory.
+const GC_HEAPS: u32 = 200;
+
 /// What one component may consist of; beyond is an error when it is loaded, not when it is asked for.
 const MAX_PARTS: u32 = 200;
 const MAX_MEMORIES: u32 = 20;
@@ -61,7 +64,7 @@ pub fn strategy(reset: Reset) -> InstanceAllocationStrategy {
         .total_memories(MEMORIES)
         .total_tables(TABLES)
         .total_stacks(ALL)
-        .total_gc_heaps(ALL)
+        .total_gc_heaps(GC_HEAPS)
         .max_core_instances_per_component(MAX_PARTS)
         .max_memories_per_component(MAX_MEMORIES)
         .max_tables_per_component(MAX_TABLES)
