@@ -18,7 +18,9 @@ mod suite {
     pub mod groups;
     pub mod hostile;
     pub mod http_drain;
+    pub mod http_failures;
     pub mod http_guest;
+    pub mod http_limits;
     pub mod http_load;
     pub mod http_serve;
     pub mod load;
@@ -55,6 +57,8 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_serve", suite::http_serve::CASES),
     ("http_guest", suite::http_guest::CASES),
     ("http_drain", suite::http_drain::CASES),
+    ("http_limits", suite::http_limits::CASES),
+    ("http_failures", suite::http_failures::CASES),
     ("http_load", suite::http_load::CASES),
 ];
 const BARE: &[(&str, BareCases)] = &[

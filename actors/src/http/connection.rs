@@ -107,8 +107,8 @@ async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> 
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(u32::try_from(settings.max_header_size).unwrap_or(u32::MAX))
-        // A client that vanished without a word is found out.
-        .keep_alive_interval(Some(settings.idle_timeout))
+        // Finds a client that vanished without a word; later than it would be idle, as the reply to a ping is progress.
+        .keep_alive_interval(Some(settings.idle_timeout.saturating_mul(2)))
         .keep_alive_timeout(settings.idle_timeout);
     let service = {
         let (server, progress) = (Arc::clone(server), Arc::clone(progress));
@@ -122,7 +122,7 @@ async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> 
 
 /// Polls a connection until it ends, runs out of patience, or is told to.
 ///
-/// By hand, because this is on the way of every request: besides the connection itself, a poll looks at one number and at
+/// By hand, because this is on the way of every request: besides the connection itself, a poll looks at two numbers and at
 /// the state of a timer. The bell wakes the task when the number changes.
 async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
     server: &Server,
@@ -132,7 +132,7 @@ async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
 ) -> Result<(), hyper::Error> {
     let _heard = server.bell().listen(poll_fn(|cx| Poll::Ready(cx.waker().clone())).await);
     let (mut told, mut registered) = (false, false);
-    let mut timer = pin!(tokio::time::sleep_until(progress.deadline(server, told)));
+    let mut timer = pin!(tokio::time::sleep_until(progress.look(server, told)));
     let mut next = |connection: &mut Pin<&mut C>, cx: &mut Context<'_>| {
         loop {
             if let Poll::Ready(result) = connection.as_mut().poll(cx) {
@@ -146,11 +146,16 @@ async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
                     if progress.may_close_at_once() {
                         say_goodbye(connection.as_mut());
                     }
-                    timer.as_mut().reset(progress.deadline(server, told));
+                    timer.as_mut().reset(progress.look(server, told));
                     registered = false;
                     continue;
                 }
                 Phase::Cut => return Poll::Ready(Next::Ended(Ok(()))),
+            }
+            // A head that has begun has less time than the rest before it had.
+            if progress.has_begun_a_head() && progress.look(server, told) < timer.deadline() {
+                timer.as_mut().reset(progress.look(server, told));
+                registered = false;
             }
             // Once registered, a timer that has not fired need not be asked.
             if registered && !timer.is_elapsed() {

@@ -91,6 +91,11 @@ impl Progress {
         self.requests.load(Ordering::Relaxed) == 0 && self.head.load(Ordering::Relaxed) == 0
     }
 
+    /// A head is on its way.
+    pub fn has_begun_a_head(&self) -> bool {
+        self.head.load(Ordering::Relaxed) > 0
+    }
+
     fn now(&self) -> u64 {
         u64::try_from(self.accepted.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
@@ -98,7 +103,9 @@ impl Progress {
     fn read(&self) {
         let now = self.now();
         self.last.store(now, Ordering::Relaxed);
-        if self.requests.load(Ordering::Relaxed) == 0 && self.head.load(Ordering::Relaxed) == 0 {
+        // HTTP/2 has much to say between requests (SETTINGS, WINDOW_UPDATE, PING): only its first request has to hurry.
+        let is_chatting = self.goodbye.load(Ordering::Relaxed) && self.served.load(Ordering::Relaxed);
+        if self.is_idle() && !is_chatting {
             self.head.store(now.max(1), Ordering::Relaxed);
         }
     }
@@ -110,8 +117,13 @@ impl Progress {
         }
     }
 
-    /// When the timer has to look again.
-    pub fn deadline(&self, server: &Server, told: bool) -> Instant {
+    /// When the timer has to look, at first and whenever the phase changes: what begins meanwhile may have less time.
+    pub fn look(&self, server: &Server, told: bool) -> Instant {
+        self.deadline(server, told).min(Instant::now() + server.settings().idle_timeout)
+    }
+
+    /// How long what the connection is doing may take.
+    fn deadline(&self, server: &Server, told: bool) -> Instant {
         let settings = server.settings();
         let (since, patience) = if self.blocked.load(Ordering::Relaxed) {
             (self.last.load(Ordering::Relaxed), settings.idle_timeout)
@@ -132,7 +144,7 @@ impl Progress {
 
     /// The same, but not at once again: what has expired is being dealt with.
     pub fn next_look(&self, server: &Server, told: bool) -> Instant {
-        self.deadline(server, told).max(Instant::now() + FAREWELL)
+        self.look(server, told).max(Instant::now() + FAREWELL)
     }
 
     /// What is due now.

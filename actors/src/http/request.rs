@@ -26,6 +26,7 @@ use super::admission::Permit;
 use super::body::{Answer, ClientBody, Leash, Verdict};
 use super::progress::Progress;
 use super::server::Server;
+use super::settings::HttpSettings;
 use super::visit::Visit;
 use crate::guest::{Exchange, Failure, Flight, Step};
 
@@ -37,7 +38,7 @@ pub async fn respond(
 ) -> Result<Response<Answer>, Infallible> {
     let visit = Visit::begin(&server, &progress, &request);
     let is_http1 = request.version() < Version::HTTP_2;
-    let mut response = match examine(&request, server.settings().max_body) {
+    let mut response = match examine(&request, server.settings()) {
         Err((status, text)) => refuse(status, text, visit),
         Ok(()) => match server.admission().admit() {
             Some(permit) => serve(&server, request, permit, visit).await,
@@ -52,7 +53,7 @@ pub async fn respond(
 }
 
 /// What no guest should see (RFC 9112, sections 3.2 and 6).
-fn examine<B: Body>(request: &Request<B>, max_body: u64) -> Result<(), (StatusCode, &'static str)> {
+fn examine<B: Body>(request: &Request<B>, settings: &HttpSettings) -> Result<(), (StatusCode, &'static str)> {
     const BAD: StatusCode = StatusCode::BAD_REQUEST;
     let headers = request.headers();
     let mut hosts = headers.get_all(HOST).iter();
@@ -65,7 +66,11 @@ fn examine<B: Body>(request: &Request<B>, max_body: u64) -> Result<(), (StatusCo
             Err((BAD, "both Transfer-Encoding and Content-Length\n"))
         }
         () if request.method() == Method::CONNECT => Err((StatusCode::METHOD_NOT_ALLOWED, "this is no proxy\n")),
-        () if request.body().size_hint().lower() > max_body => {
+        // HTTP/1.1 is refused while it is parsed; HTTP/2 counts bytes only.
+        () if headers.len() > settings.max_headers => {
+            Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "too many header fields\n"))
+        }
+        () if request.body().size_hint().lower() > settings.max_body => {
             Err((StatusCode::PAYLOAD_TOO_LARGE, "the body is too large\n"))
         }
         () => Ok(()),
