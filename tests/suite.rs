@@ -20,8 +20,11 @@ mod suite {
     pub mod http_drain;
     pub mod http_failures;
     pub mod http_guest;
+    pub mod http_hostile;
+    pub mod http_isolation;
     pub mod http_limits;
     pub mod http_load;
+    pub mod http_messages;
     pub mod http_serve;
     pub mod load;
     pub mod neighbours;
@@ -60,6 +63,8 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_limits", suite::http_limits::CASES),
     ("http_failures", suite::http_failures::CASES),
     ("http_load", suite::http_load::CASES),
+    ("http_hostile", suite::http_hostile::CASES),
+    ("http_isolation", suite::http_isolation::CASES),
 ];
 const BARE: &[(&str, BareCases)] = &[
     ("api", suite::api::CASES),

@@ -28,6 +28,7 @@ pub struct Verdict(AtomicU8);
 impl Verdict {
     const TOO_LARGE: u8 = 1;
     const STALLED: u8 = 2;
+    const BROKEN: u8 = 3;
 
     pub fn is_too_large(&self) -> bool {
         self.0.load(Ordering::Relaxed) == Self::TOO_LARGE
@@ -35,6 +36,11 @@ impl Verdict {
 
     pub fn is_stalled(&self) -> bool {
         self.0.load(Ordering::Relaxed) == Self::STALLED
+    }
+
+    /// Its end did not come, or its chunks are none.
+    pub fn is_broken(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == Self::BROKEN
     }
 }
 
@@ -84,7 +90,7 @@ impl Body for ClientBody {
         }
         match frame {
             None => Poll::Ready(None),
-            Some(Err(error)) => Poll::Ready(Some(Err(BodyFault::Client(error)))),
+            Some(Err(error)) => self.judge(Verdict::BROKEN, BodyFault::Client(error)),
             Some(Ok(frame)) => {
                 let bytes = frame.data_ref().map_or(0, |data| data.len() as u64);
                 match self.left.checked_sub(bytes) {

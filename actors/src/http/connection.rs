@@ -60,24 +60,37 @@ pub async fn serve(server: Arc<Server>, stream: TcpStream, peer: SocketAddr) {
 
 /// Looks at the first bytes and leaves them where they are. Three tell: no method of HTTP/1.1 begins like the preface.
 async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
-    let look = || {
-        let mut first = [0; 3];
-        let (count, _) = rustix::net::recv(stream, &mut first, RecvFlags::PEEK)?;
-        match &first[..count] {
-            [] => Ok(false),
-            // Not enough yet: the next byte is an event of its own.
-            head if count < first.len() && PREFACE.starts_with(head) => Err(io::ErrorKind::WouldBlock.into()),
-            head => Ok(PREFACE.starts_with(head)),
+    loop {
+        let ready = stream.ready(Interest::READABLE).await?;
+        match stream.try_io(Interest::READABLE, || look(stream)) {
+            // The next byte is an event of its own. The end is one that stays, and nothing comes after it.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if ready.is_read_closed() {
+                    return Ok(false);
+                }
+            }
+            speaks => return speaks,
         }
-    };
-    stream.async_io(Interest::READABLE, look).await
+    }
+}
+
+/// `WouldBlock` as long as there is not enough to tell.
+fn look(stream: &TcpStream) -> io::Result<bool> {
+    let mut first = [0; 3];
+    let (count, _) = rustix::net::recv(stream, &mut first, RecvFlags::PEEK)?;
+    match &first[..count] {
+        [] => Ok(false),
+        head if count < first.len() && PREFACE.starts_with(head) => Err(io::ErrorKind::WouldBlock.into()),
+        head => Ok(PREFACE.starts_with(head)),
+    }
 }
 
 async fn serve_http1(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
     let settings = server.settings();
     let mut builder = http1::Builder::new();
     // Not pipeline_flush: with it hyper buffers a response without bound, however slow its reader is.
-    builder.max_buf_size(settings.max_header_size).half_close(false);
+    // The buffer's size alone lets a head pass that is larger but came at once.
+    builder.max_buf_size(settings.max_header_size).max_header_size(settings.max_header_size).half_close(false);
     if settings.max_headers != DEFAULT_MAX_HEADERS {
         builder.max_headers(settings.max_headers);
     }

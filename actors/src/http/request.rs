@@ -58,7 +58,9 @@ fn examine<B: Body>(request: &Request<B>, settings: &HttpSettings) -> Result<(),
     let headers = request.headers();
     let mut hosts = headers.get_all(HOST).iter();
     let host = hosts.next();
-    let named = request.uri().authority().is_some() || host.is_some_and(|host| host.to_str().is_ok());
+    // In HTTP/1.1 even a target with a host needs the field; it is the target's that counts then.
+    let in_target = request.version() != Version::HTTP_11 && request.uri().authority().is_some();
+    let named = in_target || host.is_some_and(|host| host.to_str().is_ok());
     match () {
         () if hosts.next().is_some() => Err((BAD, "more than one Host\n")),
         () if !named => Err((BAD, "no Host\n")),
@@ -207,6 +209,9 @@ fn failed(server: &Server, failure: &Failure, verdict: Option<&Verdict>, mut vis
     }
     if verdict.is_some_and(Verdict::is_stalled) {
         return refuse(StatusCode::REQUEST_TIMEOUT, "the body did not come\n", visit);
+    }
+    if verdict.is_some_and(Verdict::is_broken) {
+        return refuse(StatusCode::BAD_REQUEST, "the body is broken\n", visit);
     }
     server.report(number, visit.target(), failure);
     match failure {
