@@ -26,6 +26,7 @@ mod suite {
     pub mod http_load;
     pub mod http_messages;
     pub mod http_serve;
+    pub mod http_swap;
     pub mod load;
     pub mod neighbours;
     pub mod recovery;
@@ -63,6 +64,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_limits", suite::http_limits::CASES),
     ("http_failures", suite::http_failures::CASES),
     ("http_load", suite::http_load::CASES),
+    ("http_swap", suite::http_swap::CASES),
     ("http_hostile", suite::http_hostile::CASES),
     ("http_isolation", suite::http_isolation::CASES),
 ];
