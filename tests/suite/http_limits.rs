@@ -23,6 +23,7 @@ pub const CASES: crate::common::Cases = &[
     ("five_hundred_slow_clients_harm_nobody", many_slow_heads),
     ("a_body_that_stops_coming_is_not_waited_for", slow_body),
     ("a_client_that_does_not_read_is_cut", slow_reader),
+    ("a_stream_whose_client_does_not_read_is_reset", slow_stream),
     ("an_idle_connection_is_closed", idle),
     ("a_connection_that_rests_is_not_hurried", rests),
     ("a_client_that_leaves_frees_its_place", leaves),
@@ -258,6 +259,22 @@ fn slow_reader(containerd: &Containerd) -> Outcome {
         free(site.addr).await.context("HTTP/1.1")?;
         let (bytes, end) = http::read_all(&mut stream, PROMPT)?;
         ensure!(end != End::Open && bytes.len() < LENGTH, "{} bytes, {end:?}", bytes.len());
+        Ok(())
+    })
+}
+
+fn slow_stream(containerd: &Containerd) -> Outcome {
+    const LENGTH: usize = 64 << 20;
+    serving(containerd, &[("IDLE_TIMEOUT", "500ms"), ONE_PLACE], async |site| {
+        let mut connection = Connection::open(site.addr, Protocol::Two).await?;
+        let request = connection.request(Method::GET, &format!("/big?bytes={LENGTH}"), http::empty())?;
+        let unread = connection.send(request).await?;
+        let busy = http::get(site.addr, Protocol::One, "/hello").await?;
+        ensure!(busy.status == 503, "the place is free too early: {busy:?}");
+        free(site.addr).await?;
+        // The stream alone: its connection goes on. A slow guest is nobody's fault.
+        connection.get("/sleep-after-head?ms=900").await?.expect(200, "first\nsecond\n")?;
+        ensure!(Answer::of(unread).await.is_err(), "the body ended as if it were whole");
         Ok(())
     })
 }

@@ -18,6 +18,7 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::DropGuard;
 
+use super::streams;
 use super::visit::Visit;
 use crate::guest::{BodyFault, Exchange, Failure};
 
@@ -143,8 +144,9 @@ impl Leash {
 
 impl Answer {
     /// A complete body.
-    pub fn whole(frames: VecDeque<Frame<Bytes>>, visit: Visit) -> Self {
+    pub fn whole(frames: VecDeque<Frame<Bytes>>, mut visit: Visit) -> Self {
         let left = frames.iter().filter_map(|frame| frame.data_ref()).map(|data| data.len() as u64).sum();
+        visit.waits_with(left);
         let has_trailers = frames.back().is_some_and(Frame::is_trailers);
         let mut answer = Self { content: Content::Whole { frames, left, has_trailers }, visit };
         answer.note_end();
@@ -220,8 +222,15 @@ impl Body for Answer {
         }
         let frame = match &mut self.content {
             Content::Whole { frames, .. } => frames.pop_front().map(Ok),
-            Content::Stream { exchange, .. } => ready!(exchange.poll_frame(cx)),
+            Content::Stream { exchange, .. } => match exchange.poll_frame(cx) {
+                Poll::Ready(frame) => frame,
+                Poll::Pending => {
+                    streams::waits_for_guest();
+                    return Poll::Pending;
+                }
+            },
         };
+        streams::moved();
         self.note(&frame);
         Poll::Ready(frame)
     }

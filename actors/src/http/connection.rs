@@ -15,19 +15,18 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use hyper::body::Incoming;
-use hyper::rt::Executor;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioTimer;
 use rustix::net::RecvFlags;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio_util::task::TaskTracker;
 
 use super::bell::Phase;
 use super::progress::{Expired, Io, Progress};
 use super::request::respond;
 use super::server::Server;
+use super::streams::Streams;
 
 /// What a client that speaks HTTP/2 without negotiation says first (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -100,22 +99,12 @@ async fn serve_http1(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> 
     drive(server, progress, connection.as_mut(), |connection| connection.graceful_shutdown()).await
 }
 
-/// The streams of an HTTP/2 connection are tasks of the server, which waits for them.
-#[derive(Clone)]
-struct Streams(TaskTracker);
-
-impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Streams {
-    fn execute(&self, stream: F) {
-        drop(self.0.spawn(stream));
-    }
-}
-
 /// hyper has room for so many on its stack; another number, even a smaller one, costs every request an allocation.
 const DEFAULT_MAX_HEADERS: usize = 100;
 
 async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
     let settings = server.settings();
-    let mut builder = http2::Builder::new(Streams(server.tasks().clone()));
+    let mut builder = http2::Builder::new(Streams { tasks: server.tasks().clone(), patience: settings.idle_timeout });
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)

@@ -20,6 +20,7 @@ mod progress;
 mod request;
 mod server;
 mod settings;
+mod streams;
 mod visit;
 mod workers;
 

@@ -27,6 +27,7 @@ use super::body::{Answer, ClientBody, Leash, Verdict};
 use super::progress::Progress;
 use super::server::Server;
 use super::settings::HttpSettings;
+use super::streams::waits_for_guest;
 use super::visit::Visit;
 use crate::guest::{Exchange, Failure, Flight, Step};
 
@@ -79,7 +80,7 @@ fn examine<B: Body>(request: &Request<B>, settings: &HttpSettings) -> Result<(),
     }
 }
 
-async fn serve(server: &Arc<Server>, request: Request<Incoming>, permit: Permit, visit: Visit) -> Response<Answer> {
+async fn serve(server: &Arc<Server>, request: Request<Incoming>, permit: Permit, mut visit: Visit) -> Response<Answer> {
     let settings = server.settings();
     let deadline = settings.request_timeout.map(|timeout| Instant::from_std(visit.begun() + timeout));
     let (head, body) = request.into_parts();
@@ -88,7 +89,8 @@ async fn serve(server: &Arc<Server>, request: Request<Incoming>, permit: Permit,
     let exchange = Arc::clone(flight.exchange());
     let step = poll_fn(|cx| Poll::Ready(flight.step(cx))).await;
     if let Step::Landed = step {
-        drop((flight, permit));
+        drop(flight);
+        visit.hold(permit);
         // First all guests that are ready on this worker, then all answers: the code of each stays in the caches.
         tokio::task::yield_now().await;
         return answer(server, &exchange, None, verdict.as_deref(), visit).await;
@@ -162,7 +164,14 @@ async fn answer(
     verdict: Option<&Verdict>,
     mut visit: Visit,
 ) -> Response<Answer> {
-    let head = match poll_fn(|cx| exchange.poll_head(cx)).await {
+    let head = poll_fn(|cx| {
+        let head = exchange.poll_head(cx);
+        if head.is_pending() {
+            waits_for_guest();
+        }
+        head
+    });
+    let head = match head.await {
         Ok(head) => head,
         Err(failure) => return failed(server, &failure, verdict, visit),
     };

@@ -6,12 +6,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::{Method, Request, StatusCode, Uri};
+use http::{Method, Request, StatusCode, Uri, Version};
 use serde_json::json;
 
+use super::admission::Permit;
 use super::progress::Progress;
 use super::server::Server;
 use crate::guest::Failure;
+
+/// Bytes of an answer that may wait outside of the limit of requests.
+const LITTLE: u64 = 64 << 10;
 
 /// A request under way. Dropped before it is complete, it counts as cut.
 pub struct Visit {
@@ -23,6 +27,9 @@ pub struct Visit {
     is_head: bool,
     status: StatusCode,
     sent: u64,
+    /// Its place among the requests that may run, if it keeps it.
+    permit: Option<Permit>,
+    is_http2: bool,
     end: End,
     /// What the access log will say; only if there is one.
     line: Option<Box<Line>>,
@@ -55,6 +62,8 @@ impl Visit {
             is_head: request.method() == Method::HEAD,
             status: StatusCode::OK,
             sent: 0,
+            permit: None,
+            is_http2: request.version() == Version::HTTP_2,
             end: End::Open,
             line: server.settings().access_log.then(|| Box::new(Line::of(request, connection))),
             server: Arc::clone(server),
@@ -75,6 +84,19 @@ impl Visit {
     /// When its head had come.
     pub fn begun(&self) -> Instant {
         self.begun
+    }
+
+    /// The guest has ended; what it wrote waits here. The request keeps its place until that is delivered, so that what
+    /// waits is bounded, unless it is little and on a connection that waits for one answer at a time.
+    pub fn hold(&mut self, permit: Permit) {
+        self.permit = Some(permit);
+    }
+
+    /// So many bytes wait to be delivered.
+    pub fn waits_with(&mut self, bytes: u64) {
+        if bytes <= LITTLE && !self.is_http2 {
+            self.permit = None;
+        }
     }
 
     /// The answer has this status.
