@@ -69,11 +69,14 @@ impl Plan {
         let server = Server::new(self.name, self.settings, serving, threads, streams.clone());
         let outcome = server.serve(listener, &mut signals).await;
         drop(server);
-        // A reader that stalls holds up the end of its own container only, and a further signal ends the wait.
+        // A reader that stalls holds up the end of its own container only; a further signal ends the wait, and one that was
+        // cut off is not waited for.
+        let is_drained = matches!(outcome, Outcome::Exited(_));
+        let enough = signals.wait_for(|signals| !is_drained || signals.count > 1);
         tokio::select! {
             biased;
             () = streams.finish() => {}
-            _ = signals.changed() => {}
+            _ = enough => {}
         }
         outcome
     }
