@@ -25,6 +25,7 @@ mod suite {
     pub mod http_limits;
     pub mod http_load;
     pub mod http_messages;
+    pub mod http_outgoing;
     pub mod http_serve;
     pub mod http_swap;
     pub mod load;
@@ -64,6 +65,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_limits", suite::http_limits::CASES),
     ("http_failures", suite::http_failures::CASES),
     ("http_load", suite::http_load::CASES),
+    ("http_outgoing", suite::http_outgoing::CASES),
     ("http_swap", suite::http_swap::CASES),
     ("http_hostile", suite::http_hostile::CASES),
     ("http_isolation", suite::http_isolation::CASES),
