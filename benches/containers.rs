@@ -6,25 +6,27 @@
 //! | run | `ctr run --rm` of a cached hello beside runc's of a static busybox `true`, in turns | ratio ≤ 1.0 |
 //! | density | what does a further sleeping container cost its daemon, and what does an idle daemon do? | 400 KiB, 0.5 % |
 //!
-//! Over the newest private containerd of the tests (`TROUPE_BENCH_CONTAINERD=1.6` for another). Needs root, runc and a
-//! static busybox (Debian: busybox-static). Prints medians; a promise that does not hold makes the run fail.
+//! Medians. Needs root, runc and a static busybox (Debian: busybox-static).
 
 #[expect(dead_code, reason = "the tests use the rest of it")]
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[expect(dead_code, reason = "other benches use the rest of it")]
+mod report;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use rustix::process::Signal;
 
-use common::containerd::{Containerd, VERSIONS};
+use common::containerd::Containerd;
 use common::ctr::Client;
 use common::shim::Shim;
-use common::{base, guests, proc, wait};
+use common::{guests, proc, wait};
+use report::{at_most, median};
 
 const STARTS: usize = 200;
 const LAUNCHES: usize = 20;
@@ -34,38 +36,10 @@ const SLEEPERS: usize = 100;
 const IDLE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
-    let outcome = base::create().and_then(|()| all());
-    base::remove();
-    match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("the benches cannot run: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    report::main(&[("start", start), ("run", run), ("density", density)])
 }
 
-fn all() -> Result<bool> {
-    let version = std::env::var("TROUPE_BENCH_CONTAINERD").unwrap_or_else(|_| "2.1".into());
-    let version = VERSIONS.into_iter().find(|known| *known == version).context("no such containerd")?;
-    println!("{}, containerd {version}", machine());
-    let mut kept = start()?;
-    let containerd = Containerd::start(version, "bench")?;
-    let measured = run(&containerd).and_then(|ran| Ok(ran & density(&containerd)?));
-    containerd.close()?;
-    kept &= measured?;
-    Ok(kept)
-}
-
-/// One line of the report; false when the promise does not hold.
-fn report(what: &str, figure: f64, unit: &str, promise: f64) -> bool {
-    let kept = figure <= promise;
-    println!("{what:<58} {figure:>9.2} {unit:<4} (promised {promise} {unit}){}", if kept { "" } else { "  TOO MUCH" });
-    kept
-}
-
-fn start() -> Result<bool> {
+fn start(_: &Containerd) -> Result<bool> {
     let shim = Shim::new("start")?;
     let bundle = shim.bundle("first", &guests::built("hello.wasm")?, &[])?;
     let once = || -> Result<f64> {
@@ -88,8 +62,8 @@ fn start() -> Result<bool> {
     let living = (0..STARTS).map(|_| once()).collect::<Result<Vec<_>>>()?;
     proc::signal(shim.daemon()?, Signal::TERM)?;
     shim.expect_end()?;
-    let kept = report("start, the daemon lives", median(living), "ms", 5.0);
-    Ok(report("start, launching the daemon", median(launching), "ms", 40.0) & kept)
+    let kept = at_most("start, the daemon lives", median(living), "ms", 5.0);
+    Ok(at_most("start, launching the daemon", median(launching), "ms", 40.0) & kept)
 }
 
 fn run(containerd: &Containerd) -> Result<bool> {
@@ -107,7 +81,7 @@ fn run(containerd: &Containerd) -> Result<bool> {
         ratios.push(pair.0 / pair.1);
     }
     println!("ctr run --rm: hello.wasm {:.1} ms, busybox true with runc {:.1} ms", median(wasm), median(runc));
-    Ok(report("ctr run --rm of a cached hello, beside runc", median(ratios), "x", 1.0))
+    Ok(at_most("ctr run --rm of a cached hello, beside runc", median(ratios), "x", 1.0))
 }
 
 fn timed(run: &common::ctr::Run<'_>) -> Result<f64> {
@@ -130,10 +104,10 @@ fn density(containerd: &Containerd) -> Result<bool> {
     let rate = SLEEPERS as f64 / begin.elapsed().as_secs_f64();
     let each = (proc::pss_kib(daemon)?.saturating_sub(before)) as f64 / SLEEPERS as f64;
     println!("{SLEEPERS} further containers in one daemon of {before} KiB PSS: {rate:.0} a second by ctr run -d");
-    let kept = report("PSS of a further sleeping container", each, "KiB", 400.0);
+    let kept = at_most("PSS of a further sleeping container", each, "KiB", 400.0);
     let busy = idle_load(daemon)?;
     end(&client, containers)?;
-    Ok(report("CPU of a daemon with 100 sleeping containers, of a core", busy, "%", 0.5) & kept)
+    Ok(at_most("CPU of a daemon with 100 sleeping containers, of a core", busy, "%", 0.5) & kept)
 }
 
 /// Share of a core that a process uses while nothing happens, in percent.
@@ -162,19 +136,6 @@ fn busybox(folder: &Path) -> Result<std::path::PathBuf> {
     Ok(root)
 }
 
-fn machine() -> String {
-    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1).map(str::to_owned));
-    let kernel = Command::new("uname").arg("-r").output().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!("{cores} cores {}, Linux {}", model.unwrap_or_default(), kernel.unwrap_or_default())
-}
-
 fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
-}
-
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -3,17 +3,21 @@
 //! | section | question | promise |
 //! |---|---|---|
 //! | throughput | a fresh instance for each request, beside a plain hyper server with a static body | 0.35 hello, 0.25 web |
+//! | latency | p99 at half the maximum rate, beside the plain server's at that rate | 3 x |
 //! | reuse | the same with `INSTANCE_REUSE` | 0.60 |
 //! | bounds | what explicit bounds checks cost a guest that computes, beside guard pages | (a figure) |
 //! | neighbour | a healthy container beside one whose requests spin until their timeout, in one process | p99 50 ms, 0.25 of alone |
 //! | density | what does a further idle container cost, and how fast do 500 start? | 100 KiB, 30 a second |
 //!
-//! One client (`wrk`, 32 keep-alive connections, one thread) for all, on the same cores as the servers, in turns. Over the
-//! newest private containerd of the tests. Needs root and wrk. A promise that does not hold makes the run fail.
+//! One client (`wrk`, 32 keep-alive connections, one thread) for all, on the same cores as the servers, in turns. Needs root
+//! and wrk.
 
 #[expect(dead_code, reason = "the tests use the rest of it")]
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[path = "http/paced.rs"]
+mod paced;
+mod report;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -28,7 +32,8 @@ use hyper_util::rt::TokioIo;
 
 use common::containerd::Containerd;
 use common::ctr::{Client, Container};
-use common::{base, job, proc, wait};
+use common::{job, proc, wait};
+use report::{at_least, at_most, median};
 
 const CONNECTIONS: &str = "32";
 const SECONDS: &str = "3";
@@ -41,40 +46,15 @@ const PLAIN: &str = "TROUPE_BENCH_PLAIN";
 
 fn main() -> ExitCode {
     if let Ok(addr) = std::env::var(PLAIN) {
-        return finish(plain_server(&addr).map(|()| true));
+        return report::finish(plain_server(&addr).map(|()| true));
     }
-    let outcome = base::create().and_then(|()| all());
-    base::remove();
-    finish(outcome)
-}
-
-fn finish(outcome: Result<bool>) -> ExitCode {
-    match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("the benches cannot run: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn all() -> Result<bool> {
-    let containerd = Containerd::start("2.1", "http-bench")?;
-    let measured = throughput(&containerd)
-        .and_then(|kept| Ok(kept & bounds(&containerd)?))
-        .and_then(|kept| Ok(kept & neighbour(&containerd)?))
-        .and_then(|kept| Ok(kept & density(&containerd)?));
-    containerd.close()?;
-    measured
-}
-
-/// One line of the report; false when the promise does not hold.
-fn report(what: &str, figure: f64, unit: &str, promise: f64, at_least: bool) -> bool {
-    let kept = if at_least { figure >= promise } else { figure <= promise };
-    let word = if at_least { "at least" } else { "at most" };
-    println!("{what:<58} {figure:>9.2} {unit:<4} ({word} {promise}){}", if kept { "" } else { "  NOT KEPT" });
-    kept
+    report::main(&[
+        ("throughput", throughput),
+        ("latency", latency),
+        ("bounds", bounds),
+        ("neighbour", neighbour),
+        ("density", density),
+    ])
 }
 
 fn throughput(containerd: &Containerd) -> Result<bool> {
@@ -92,9 +72,30 @@ fn throughput(containerd: &Containerd) -> Result<bool> {
         of_reused.push(wrk(reused.addr, "/hello")?.rate / alone);
     }
     println!("a plain hyper server: {:.0} requests a second", median(rates));
-    let mut kept = report("hello, a fresh instance for each request", median(of_hello), "x", 0.35, true);
-    kept &= report("web (its heap grows), a fresh instance for each request", median(of_web), "x", 0.25, true);
-    kept &= report("web, an instance for 1000 requests", median(of_reused), "x", 0.60, true);
+    let mut kept = at_least("hello, a fresh instance for each request", median(of_hello), "x", 0.35);
+    kept &= at_least("web (its heap grows), a fresh instance for each request", median(of_web), "x", 0.25);
+    kept &= at_least("web, an instance for 1000 requests", median(of_reused), "x", 0.60);
+    Ok(kept)
+}
+
+/// At half of what the server can do: what a request waits when there is no queue to speak of.
+fn latency(containerd: &Containerd) -> Result<bool> {
+    let client = containerd.namespace("latency");
+    let plain = Plain::start()?;
+    let mut kept = true;
+    for (name, file, path) in [("hello", "/hello-http.wasm", "/"), ("web", "/web.wasm", "/hello")] {
+        let served = Served::start(&client, file, &[])?;
+        let half = wrk(served.addr, path)?.rate / 2.0;
+        let (mut ratios, mut ours, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            let pair = (paced::p99(served.addr, path, half)?, paced::p99(plain.addr, "/", half)?);
+            ours.push(pair.0);
+            theirs.push(pair.1);
+            ratios.push(pair.0 / pair.1);
+        }
+        println!("{name} at {half:.0} requests a second: p99 {:.3} ms, plain {:.3} ms", median(ours), median(theirs));
+        kept &= at_most(&format!("{name}: p99 at half the maximum rate, beside plain"), median(ratios), "x", 3.0);
+    }
     Ok(kept)
 }
 
@@ -132,8 +133,8 @@ fn neighbour(containerd: &Containerd) -> Result<bool> {
             bail!("the noisy neighbour made no noise");
         }
         println!("{spinners} spinning requests: p99 {:.1} ms, alone {:.1} ms", beside.p99, alone.p99);
-        kept &= report("p99 of a healthy container beside spinning requests", beside.p99, "ms", 50.0, false);
-        kept &= report("its throughput, of what it has alone", beside.rate / alone.rate, "x", 0.25, true);
+        kept &= at_most("p99 of a healthy container beside spinning requests", beside.p99, "ms", 50.0);
+        kept &= at_least("its throughput, of what it has alone", beside.rate / alone.rate, "x", 0.25);
     }
     Ok(kept)
 }
@@ -163,8 +164,8 @@ fn density(containerd: &Containerd) -> Result<bool> {
     println!(
         "{IDLE_CONTAINERS} http containers in a daemon of {before} KiB; {used:.0} KiB each after a request to all"
     );
-    let mut kept = report("PSS of a further idle http container", idle, "KiB", 100.0, false);
-    kept &= report("http containers started by ctr run -d", rate, "/s", 30.0, true);
+    let mut kept = at_most("PSS of a further idle http container", idle, "KiB", 100.0);
+    kept &= at_least("http containers started by ctr run -d", rate, "/s", 30.0);
     Ok(kept)
 }
 
@@ -302,9 +303,4 @@ fn plain_server(addr: &str) -> Result<()> {
             });
         }
     })
-}
-
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }

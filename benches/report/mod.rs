@@ -1,0 +1,85 @@
+//! What all benches share: their sections by name, over a private containerd, and promises that are kept or not.
+//!
+//! ```text
+//! cargo bench --bench http                       all sections
+//! cargo bench --bench http -- throughput         those whose names are given
+//! TROUPE_BENCH_CONTAINERD=1.6 cargo bench …      another containerd of the tests than the newest
+//! ```
+//! A promise that does not hold makes the run fail, after all sections.
+
+use std::fs;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::common::base;
+use crate::common::containerd::{Containerd, VERSIONS};
+
+/// A name, and what it measures; false when a promise does not hold.
+pub type Section = (&'static str, fn(&Containerd) -> Result<bool>);
+
+/// Runs the sections that the arguments name, or all.
+pub fn main(sections: &[Section]) -> ExitCode {
+    let outcome = base::create().and_then(|()| all(sections));
+    base::remove();
+    finish(outcome)
+}
+
+/// What a bench's outcome is to whoever started it.
+pub fn finish(outcome: Result<bool>) -> ExitCode {
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("the benches cannot run: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn all(sections: &[Section]) -> Result<bool> {
+    // `cargo bench` adds an option of its own.
+    let asked: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let names: Vec<_> = sections.iter().map(|(name, _)| *name).collect();
+    let unknown = asked.iter().find(|name| !names.contains(&name.as_str()));
+    ensure!(unknown.is_none(), "there is no section {unknown:?}; there are {names:?}");
+    let version = std::env::var("TROUPE_BENCH_CONTAINERD").unwrap_or_else(|_| "2.1".into());
+    let version = VERSIONS.into_iter().find(|known| *known == version).context("no such containerd")?;
+    println!("{}, containerd {version}", machine());
+    let containerd = Containerd::start(version, "bench")?;
+    let mut kept = Ok(true);
+    for (_, section) in sections.iter().filter(|(name, _)| asked.is_empty() || asked.iter().any(|ask| ask == name)) {
+        kept = kept.and_then(|kept| Ok(section(&containerd)? & kept));
+    }
+    containerd.close()?;
+    kept
+}
+
+/// One line of the report: a figure that should not be larger.
+pub fn at_most(what: &str, figure: f64, unit: &str, promise: f64) -> bool {
+    line(what, figure, unit, "at most", promise, figure <= promise)
+}
+
+/// One line of the report: a figure that should not be smaller.
+pub fn at_least(what: &str, figure: f64, unit: &str, promise: f64) -> bool {
+    line(what, figure, unit, "at least", promise, figure >= promise)
+}
+
+fn line(what: &str, figure: f64, unit: &str, word: &str, promise: f64, kept: bool) -> bool {
+    println!("{what:<58} {figure:>9.2} {unit:<4} ({word} {promise}){}", if kept { "" } else { "  NOT KEPT" });
+    kept
+}
+
+/// The middle one.
+pub fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn machine() -> String {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1).map(str::to_owned));
+    let kernel = Command::new("uname").arg("-r").output().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    format!("{cores} cores {}, Linux {}", model.unwrap_or_default(), kernel.unwrap_or_default())
+}
