@@ -12,11 +12,17 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::HeaderName;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use wasmtime_wasi_http::{Error, RequestOptions, Result, WasiBody, WasiHttpHooks};
 
 use crate::outgoing::{BoxError, Client, Exchange, Failure, SendError, Timeouts};
+
+/// Writes of an answer's body that wait for the client before its guest has to, and the largest of each in bytes: 1 MiB in
+/// all, as wasmtime-wasi-http has it, but a guest that writes a little at a time gets as far as one that writes at once.
+const BODY_CHUNKS: usize = 16;
+const BODY_CHUNK: usize = 64 << 10;
 
 /// How a guest's own wasi:http calls reach the world. A clone is for another guest.
 #[derive(Default)]
@@ -71,6 +77,30 @@ impl Body for Written {
 }
 
 impl WasiHttpHooks for Hooks {
+    // Asked for each field of each head; the default makes an `Arc` and nine names every time.
+    fn is_forbidden_header(&mut self, name: &HeaderName) -> bool {
+        matches!(
+            name.as_str(),
+            "connection"
+                | "keep-alive"
+                | "proxy-authenticate"
+                | "proxy-authorization"
+                | "proxy-connection"
+                | "transfer-encoding"
+                | "upgrade"
+                | "host"
+                | "http2-settings"
+        )
+    }
+
+    fn p2_outgoing_body_buffer_chunks(&mut self) -> usize {
+        BODY_CHUNKS
+    }
+
+    fn p2_outgoing_body_chunk_size(&mut self) -> usize {
+        BODY_CHUNK
+    }
+
     fn send_request(
         &mut self,
         request: http::Request<WasiBody>,
@@ -166,6 +196,18 @@ mod tests {
             }
             assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "text");
             assert_eq!(body.frame().await.is_none(), alive);
+        }
+    }
+
+    #[test]
+    fn guests_neither_see_nor_set_what_the_connection_needs() {
+        let mut hooks = Hooks::default();
+        for name in &wasmtime_wasi_http::DEFAULT_FORBIDDEN_HEADERS {
+            assert!(hooks.is_forbidden_header(name), "{name}");
+            assert_eq!(hooks.forbidden_header_filter()(name), hooks.is_forbidden_header(name));
+        }
+        for name in ["content-type", "content-length", "te", "trailer", "cookie", "x-host"] {
+            assert!(!hooks.is_forbidden_header(&HeaderName::from_static(name)), "{name}");
         }
     }
 
