@@ -96,10 +96,12 @@ impl Program {
 
     fn link_component(kind: Kind, component: &component::Component) -> Result<Self, LoadError> {
         let mut linker = component::Linker::new(component.engine());
-        let linked = wasmtime_wasi::p2::add_to_linker_async(&mut linker).and_then(|()| match kind {
-            Kind::Concurrent => wasmtime_wasi::p3::add_to_linker(&mut linker),
-            Kind::Command | Kind::Http(_) => Ok(()),
-        });
+        let linked = wasmtime_wasi::p2::add_to_linker_async(&mut linker)
+            .and_then(|()| wasmtime_wasi_config::add_to_linker(&mut linker, Guest::config))
+            .and_then(|()| match kind {
+                Kind::Concurrent => wasmtime_wasi::p3::add_to_linker(&mut linker),
+                Kind::Command | Kind::Http(_) => Ok(()),
+            });
         linked.map_err(|e| LoadError::internal(format!("WASI cannot be linked: {e:#}")))?;
         let pre = linker.instantiate_pre(component).map_err(|e| missing(&e))?;
         let p3 = || wasmtime_wasi::p3::bindings::CommandPre::new(pre.clone()).ok().map(Command::P3);

@@ -34,8 +34,8 @@ impl Run {
             Ok(streams) => streams,
             Err(error) => return Outcome::HostFailed(format!("attach the standard streams: {error}")),
         };
-        let theirs = streams.clone();
-        let call = ticker.drive(cpu, async move { call(&program, &entry, &environment, &theirs, &budget).await });
+        let (theirs, environment) = (streams.clone(), Arc::new(environment));
+        let call = ticker.drive(cpu, async move { call(&program, &entry, environment, &theirs, &budget).await });
         let outcome = tokio::select! {
             biased;
             number = killed(signals.clone()) => Outcome::Killed(number),
@@ -66,7 +66,7 @@ async fn killed(mut signals: watch::Receiver<Signals>) -> u8 {
 async fn call(
     program: &Program,
     entry: &Entry,
-    environment: &Environment,
+    environment: Arc<Environment>,
     streams: &Streams,
     budget: &Arc<Budget>,
 ) -> Outcome {

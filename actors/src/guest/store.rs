@@ -6,6 +6,7 @@ use std::sync::Arc;
 use wasmtime::{Engine, Store, UpdateDeadline};
 use wasmtime_wasi::p1::WasiP1Ctx;
 use wasmtime_wasi::{FsPerms, WasiCtxBuilder, WasiCtxView, WasiView};
+use wasmtime_wasi_config::{WasiConfig, WasiConfigVariables};
 
 use super::limits::{Budget, Meter};
 use crate::error::{Error, Result};
@@ -34,16 +35,30 @@ pub struct Environment {
     pub readonly: bool,
 }
 
+impl Environment {
+    /// The environment as `wasi:config` gives it, which asks for one value at a time.
+    pub(super) fn variables(&self) -> WasiConfigVariables {
+        self.env.iter().cloned().collect()
+    }
+}
+
 /// The data of a store.
 pub struct Guest {
     /// Serves modules (preview 1) and components (0.2) alike.
     wasi: WasiP1Ctx,
     meter: Meter,
+    environment: Arc<Environment>,
+    /// Made when the guest asks for it.
+    config: Option<WasiConfigVariables>,
 }
 
 impl Guest {
     pub(super) fn wasi(&mut self) -> &mut WasiP1Ctx {
         &mut self.wasi
+    }
+
+    pub(super) fn config(&mut self) -> WasiConfig<'_> {
+        WasiConfig::new(self.config.get_or_insert_with(|| self.environment.variables()))
     }
 }
 
@@ -57,8 +72,14 @@ impl WasiView for Guest {
 ///
 /// # Errors
 /// `Host` when the root filesystem cannot be opened.
-pub fn store(engine: &Engine, env: &Environment, streams: &Streams, budget: &Arc<Budget>) -> Result<Store<Guest>> {
-    let mut guest = Guest { wasi: wasi(env, streams)?, meter: Meter::new(Arc::clone(budget)) };
+pub fn store(
+    engine: &Engine,
+    environment: Arc<Environment>,
+    streams: &Streams,
+    budget: &Arc<Budget>,
+) -> Result<Store<Guest>> {
+    let (wasi, meter) = (wasi(&environment, streams)?, Meter::new(Arc::clone(budget)));
+    let mut guest = Guest { wasi, meter, environment, config: None };
     guest.ctx().table.set_max_capacity(MAX_RESOURCES);
     let mut store = Store::new(engine, guest);
     store.limiter(|guest| &mut guest.meter);
