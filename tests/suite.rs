@@ -1,7 +1,7 @@
 //! The integration tests: the real binary under three real containerds, and alone.
 //!
 //! ```text
-//! cases of suite/*.rs × containerd 1.6, 1.7, 2.1   "1.7::exits::code_of_proc_exit"
+//! cases of suite/*.rs × containerd 1.6, 1.7, 2.1   "1.7::exits::code_of_proc_exit"   (some on the newest only)
 //! cases of the bare binary                         "bare::api::create_twice"
 //! ```
 //! One private containerd a version is shared by the cases and started by the first that needs it; what it leaves
@@ -27,6 +27,7 @@ mod suite {
     pub mod http_messages;
     pub mod http_outgoing;
     pub mod http_serve;
+    pub mod http_shared;
     pub mod http_swap;
     pub mod load;
     pub mod neighbours;
@@ -66,9 +67,15 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_failures", suite::http_failures::CASES),
     ("http_load", suite::http_load::CASES),
     ("http_outgoing", suite::http_outgoing::CASES),
-    ("http_swap", suite::http_swap::CASES),
     ("http_hostile", suite::http_hostile::CASES),
     ("http_isolation", suite::http_isolation::CASES),
+    ("http_shared", suite::http_shared::CASES),
+];
+/// On the newest only: they are about the guest or the machine, and take long.
+const ON_NEWEST: &[(&str, Cases)] = &[
+    ("http_guest", suite::http_guest::NEWEST),
+    ("http_limits", suite::http_limits::NEWEST),
+    ("http_hostile", suite::http_hostile::NEWEST),
 ];
 const BARE: &[(&str, BareCases)] = &[
     ("api", suite::api::CASES),
@@ -88,7 +95,8 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let shared = VERSIONS.map(|version| Arc::new(Shared::new(version)));
-    let conclusion = libtest_mimic::run(&arguments, trials(&shared));
+    let can_swap = arguments.list || suite::http_swap::is_possible();
+    let conclusion = libtest_mimic::run(&arguments, trials(&shared, can_swap));
     let mut clean = true;
     for shared in &shared {
         if let Err(error) = shared.close() {
@@ -112,16 +120,15 @@ fn prepare() -> Result<()> {
     base::create()
 }
 
-fn trials(shared: &[Arc<Shared>; 3]) -> Vec<Trial> {
+fn trials(shared: &[Arc<Shared>; 3], can_swap: bool) -> Vec<Trial> {
     let mut trials = Vec::new();
     for shared in shared {
-        for (file, cases) in OVER_CONTAINERD {
-            for (name, case) in *cases {
-                let shared = Arc::clone(shared);
-                let title = format!("{}::{file}::{name}", shared.version);
-                trials.push(Trial::test(title, move || shared.run(*case)));
-            }
-        }
+        trials.extend(OVER_CONTAINERD.iter().flat_map(|(file, cases)| over(shared, file, cases)));
+    }
+    if let Some(newest) = shared.last() {
+        trials.extend(ON_NEWEST.iter().flat_map(|(file, cases)| over(newest, file, cases)));
+        let swap = over(newest, "http_swap", suite::http_swap::NEWEST);
+        trials.extend(swap.map(|trial| trial.with_ignored_flag(!can_swap)));
     }
     for (file, cases) in BARE {
         for (name, case) in *cases {
@@ -129,6 +136,13 @@ fn trials(shared: &[Arc<Shared>; 3]) -> Vec<Trial> {
         }
     }
     trials
+}
+
+fn over(shared: &Arc<Shared>, file: &str, cases: Cases) -> impl Iterator<Item = Trial> {
+    cases.iter().map(move |(name, case)| {
+        let shared = Arc::clone(shared);
+        Trial::test(format!("{}::{file}::{name}", shared.version), move || shared.run(*case))
+    })
 }
 
 fn failed(error: anyhow::Error) -> Failed {

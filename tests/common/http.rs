@@ -147,6 +147,18 @@ impl Connection {
         Answer::of(self.send(request).await?).await
     }
 
+    /// Sends a request now; its whole answer comes when the future is awaited, and other requests may be sent meanwhile
+    /// (HTTP/2).
+    pub fn begin(
+        &mut self,
+        request: Request<Outgoing>,
+    ) -> Result<impl Future<Output = Result<Answer>> + Send + 'static> {
+        let what = format!("an answer to {} {}", request.method(), request.uri());
+        let Sender::Two(sender) = &mut self.sender else { bail!("HTTP/1.1 sends one at a time") };
+        let answer = sender.send_request(request);
+        Ok(async move { Answer::of(soon(&what, answer).await?).await })
+    }
+
     /// GET.
     pub async fn get(&mut self, path: &str) -> Result<Answer> {
         let request = self.request(Method::GET, path, empty())?;

@@ -1,6 +1,7 @@
 //! What `/proc` says about processes: whose they are, what they hold, what they cost.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -94,6 +95,28 @@ fn memory_kib(pid: u32, field: &str) -> Result<u64> {
     line.trim().trim_end_matches("kB").trim().parse().with_context(|| format!("{field} is no number"))
 }
 
+/// Memory of a process that is in swap, in KiB.
+pub fn swapped_kib(pid: u32) -> Result<u64> {
+    memory_kib(pid, "Swap:")
+}
+
+/// Has the kernel send a process's own memory to swap, as far as it can.
+pub fn page_out(pid: u32) -> Result<()> {
+    let process = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).context("not a pid")?;
+    let process = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).context("pidfd_open")?;
+    for line in read(&format!("/proc/{pid}/maps"))?.lines().filter(|line| line.contains(" rw-p ")) {
+        let (from, to) = line.split(' ').next().and_then(|range| range.split_once('-')).context("a range")?;
+        let (from, to) = (usize::from_str_radix(from, 16)?, usize::from_str_radix(to, 16)?);
+        let range = libc::iovec { iov_base: std::ptr::without_provenance_mut(from), iov_len: to - from };
+        // What has gone since, or cannot go, is no matter: the caller looks at how much went.
+        // SAFETY: the advice changes no contents, and the range is of another process, whose kernel checks it.
+        let _ = unsafe {
+            libc::syscall(libc::SYS_process_madvise, process.as_raw_fd(), &raw const range, 1, libc::MADV_PAGEOUT, 0)
+        };
+    }
+    Ok(())
+}
+
 /// Clock ticks (10 ms) of CPU the process used so far.
 pub fn cpu_ticks(pid: u32) -> Result<u64> {
     let stat = read(&format!("/proc/{pid}/stat"))?;
@@ -119,6 +142,18 @@ pub fn sockets(pid: u32) -> Result<Vec<PathBuf>> {
     bound.sort();
     bound.dedup();
     Ok(bound)
+}
+
+/// A FIFO that a process has open under a name with this end, opened once more to look at it.
+pub fn descriptor(pid: u32, end: &str) -> Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let folder = format!("/proc/{pid}/fd");
+    let links = fs::read_dir(&folder).with_context(|| format!("process {pid} is gone"))?;
+    let is_it = |path: &PathBuf| fs::read_link(path).is_ok_and(|target| target.to_string_lossy().ends_with(end));
+    let found = links.filter_map(|entry| Some(entry.ok()?.path())).find(is_it);
+    let found = found.with_context(|| format!("process {pid} has no {end} open"))?;
+    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    fs::File::options().read(true).custom_flags(flags).open(found).context("open it")
 }
 
 /// The executable mappings of files below `folder` in a process, by path; a file mapped twice is there twice.

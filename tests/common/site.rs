@@ -79,6 +79,17 @@ impl<'a> Site<'a> {
         .with_context(|| format!("the log is {:?}", self.log()))
     }
 
+    /// Waits until so many lines of the container's log say this; clients on this thread go on meanwhile.
+    pub async fn told(&self, text: &str, count: usize) -> Result<()> {
+        let told = async {
+            while self.log().lines().filter(|line| line.contains(text)).count() < count {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            anyhow::Ok(())
+        };
+        super::http::soon(&format!("{count} lines {text:?} in the container's log"), told).await
+    }
+
     /// The daemon's lines about this container since it was started.
     pub fn lines(&self) -> Vec<String> {
         let text = self.containerd.whole_log_since(self.offset);

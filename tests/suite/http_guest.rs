@@ -25,7 +25,7 @@ pub const CASES: crate::common::Cases = &[
     ("a_file_is_read_and_its_update_seen", files),
     ("lines_of_the_guest_are_logged_whole", log_lines),
     ("the_access_log_has_a_line_for_each_request", access_log),
-    ("javascript_and_python_are_served", toolchains),
+    ("wasi_config_gives_the_environment", config),
     ("guests_of_wasi_0_3_are_served", wasi3),
     ("commands_of_wasi_0_3_run", command3),
     ("what_is_neither_command_nor_server_is_refused", neither),
@@ -33,6 +33,8 @@ pub const CASES: crate::common::Cases = &[
     ("settings_come_from_three_sources", sources),
     ("an_address_in_use_refuses_the_start", address_in_use),
 ];
+
+pub const NEWEST: crate::common::Cases = &[("javascript_and_python_are_served", toolchains)];
 
 async fn inspect(connection: &mut Connection, request: Request<http::Outgoing>) -> Result<Value> {
     let answer = connection.fetch(request).await?;
@@ -232,9 +234,6 @@ fn access_log(containerd: &Containerd) -> Outcome {
 
 /// On one containerd only: these two are large, and take a while to compile.
 fn toolchains(containerd: &Containerd) -> Outcome {
-    if containerd.version != "2.1" {
-        return Ok(());
-    }
     let client = containerd.namespace("http");
     let modules = [guests::built("js.wasm")?, guests::built("py.wasm")?];
     let tar = image::pack("toolchains", &[&modules[0], &modules[1]], &["--workdir=/"])?;
@@ -257,6 +256,28 @@ fn toolchains(containerd: &Containerd) -> Outcome {
         site.drain("SIGTERM", 0)?;
     }
     Ok(())
+}
+
+fn config(containerd: &Containerd) -> Outcome {
+    let client = containerd.namespace("http");
+    // A command that compares one value.
+    client.guest("/config.wasm", &[])?.option("--env", "GREETING=hello").expect(0)?;
+    client.guest("/config.wasm", &[])?.option("--env", "GREETING=hullo").expect(1)?;
+    client.guest("/config.wasm", &[])?.expect(1)?;
+    let site = Site::start(client.guest(site::WEB, &[])?.option("--env", "GREETING=hello you"))?;
+    http::block_on(async {
+        let mut connection = Connection::open(site.addr, Protocol::One).await?;
+        connection.get("/config?key=GREETING").await?.expect(200, "hello you\n")?;
+        connection.get("/config?key=PATH").await?.expect(200, "/bin\n")?;
+        for key in ["greeting", "WASMTIME_HTTP_PROXY_SOCKET_ADDR", "HOME"] {
+            connection.get(&format!("/config?key={key}")).await?.expect(404, "no such key\n")?;
+        }
+        let request = connection.request(Method::GET, "/inspect", http::empty())?;
+        let seen = inspect(&mut connection, request).await?;
+        let variables = seen["env"].as_object().context("an environment")?.len();
+        // All but the request's own.
+        connection.get("/config").await?.expect(200, &format!("{}\n", variables - 1))
+    })
 }
 
 fn wasi3(containerd: &Containerd) -> Outcome {

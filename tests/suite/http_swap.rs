@@ -1,9 +1,8 @@
-//! Swap that is switched on while a server runs: its instances are cleaned another way from then on, because a page that
-//! is not in memory escapes the scan for written ones.
+//! Servers on a machine that swaps: a page that is not in memory escapes the scan for written ones, so instances are
+//! cleaned another way there.
 //!
-//! On one version only: the case changes the machine for as long as it runs. Where swap is on already it stays as it is,
-//! and the daemon has to say that it found it so. Where the kernel lets nobody switch it on (inside a container, say), the
-//! case says that it proved nothing.
+//! The cases change the machine for as long as they run, so they are for one version only. Where swap is on already it
+//! stays as it is. Where nobody may switch it on (inside a container, say) they are ignored, and the run says so.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,40 +12,78 @@ use anyhow::{Context, Result, ensure};
 
 use crate::common::containerd::Containerd;
 use crate::common::http::{self, Protocol};
-use crate::common::{Outcome, SOON, base, job, site, wait};
+use crate::common::site;
+use crate::common::{Outcome, SOON, base, job, proc, wait};
 
-pub const CASES: crate::common::Cases = &[("swap_changes_how_instances_are_cleaned", changed)];
+pub const NEWEST: crate::common::Cases =
+    &[("swap_changes_how_instances_are_cleaned", changed), ("nothing_is_found_of_what_was_swapped_out", swapped_out)];
 
-/// Bytes; mkswap wants a few pages.
-const SIZE: u64 = 16 << 20;
+/// Bytes: more than the requests below write.
+const SIZE: u64 = 128 << 20;
 const SECRET: &str = "seen by nobody else, whatever the kernel does";
 
-fn changed(containerd: &Containerd) -> Outcome {
-    if containerd.version != "2.1" {
-        return Ok(());
+/// Whether the machine lets us: asked once, before the cases are made.
+pub fn is_possible() -> bool {
+    match Swap::on() {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("swap cannot be switched on here, so the cases about it are ignored: {error:#}");
+            false
+        }
     }
+}
+
+async fn visit(addr: std::net::SocketAddr, path: &str, expected: &str) -> Outcome {
+    let mut client = http::Connection::open(addr, Protocol::One).await?;
+    client.post(path, SECRET).await?.expect(200, expected)
+}
+
+fn changed(containerd: &Containerd) -> Outcome {
     let offset = containerd.log_length();
     let site = site::web(&containerd.namespace("swap"), &[])?;
-    let visit = |path: &'static str, expected: &'static str| {
-        http::block_on(async move {
-            let mut client = http::Connection::open(site.addr, Protocol::One).await?;
-            client.post(path, SECRET).await?.expect(200, expected)
+    let remember_and_search = || {
+        http::block_on(async {
+            visit(site.addr, "/remember", "ok\n").await?;
+            visit(site.addr, "/search", "found 0\n").await
         })
     };
-    visit("/remember", "ok\n")?;
-    visit("/search", "found 0\n")?;
-    let swap = Swap::on();
-    if let Err(error) = &swap {
-        eprintln!("not tested, because swap cannot be switched on here: {error:#}");
-        return Ok(());
-    }
+    remember_and_search()?;
+    let _swap = Swap::on()?;
     wait::until_true("the daemon to notice the swap", SOON, || {
         Ok(containerd.whole_log_since(offset).contains("cleaned by remapping"))
     })?;
     // The program has moved to another pool: it serves as before, and forgets as before.
     for _ in 0..20 {
-        visit("/remember", "ok\n")?;
-        visit("/search", "found 0\n")?;
+        remember_and_search()?;
+    }
+    site.drain("SIGTERM", 0).map(drop)
+}
+
+/// Everything that requests in flight have written leaves memory; then they end, and others get their slots.
+fn swapped_out(containerd: &Containerd) -> Outcome {
+    const HOLDERS: usize = 8;
+    let _swap = Swap::on()?;
+    let site = site::web(&containerd.namespace("swapped"), &[])?;
+    let daemon = site.container.daemon()?;
+    for round in 1..=3 {
+        http::block_on(async {
+            let mut holders = tokio::task::JoinSet::new();
+            for _ in 0..HOLDERS {
+                holders.spawn(visit(site.addr, "/remember?ms=2000", "ok\n"));
+            }
+            site.told("remembered", round * HOLDERS).await?;
+            proc::page_out(daemon)?;
+            let out = proc::swapped_kib(daemon)?;
+            // 4 MiB of heap each, of which the kernel may keep some: a page that is in use just then, say.
+            ensure!(out > HOLDERS as u64 * (2 << 10), "only {out} KiB are swapped out");
+            while let Some(holder) = holders.join_next().await {
+                holder??;
+            }
+            for _ in 0..2 * HOLDERS {
+                visit(site.addr, "/search", "found 0\n").await?;
+            }
+            anyhow::Ok(())
+        })?;
     }
     site.drain("SIGTERM", 0).map(drop)
 }

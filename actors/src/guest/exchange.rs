@@ -9,7 +9,7 @@
 //! store still lives: afterwards a dropped body looks like a finished one, and a chunked response cut by a trap would end
 //! cleanly. Every other end is an error of the body, which the client sees as a cut connection.
 //!
-//! The guest's side is `proxy.rs`; the connection's side is `http`.
+//! The guest's side is `serving.rs` and `service.rs`; the connection's side is `http`.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -96,7 +96,12 @@ struct State {
     reader: Option<Waker>,
     /// The guest waits until the connection has taken a frame.
     writer: Option<Waker>,
+    /// What is held as long as more than so many bytes wait.
+    place: Option<(Place, usize)>,
 }
+
+/// Whatever a request holds, and gives back by dropping it.
+pub type Place = Box<dyn Send>;
 
 /// Frames of a guest of WASI 0.3 that wait for a slow client; one of 0.2 counts its own.
 const ROOM: usize = 4;
@@ -128,6 +133,7 @@ impl Exchange {
     pub fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         let mut state = self.lock();
         if let Some(frame) = state.left.pop_front() {
+            state.give_back();
             if let Some(writer) = state.writer.take() {
                 writer.wake();
             }
@@ -156,10 +162,14 @@ impl Exchange {
         }
     }
 
-    /// Everything, if the guest has ended and its whole body is here: the head's body needs no guest any more.
-    pub fn take_whole(&self) -> Option<VecDeque<Frame<Bytes>>> {
+    /// Everything, if the guest has ended and its whole body is here: the head's body needs no guest any more. With it comes
+    /// the place that is held while it waits.
+    pub fn take_whole(&self) -> Option<(VecDeque<Frame<Bytes>>, Option<Place>)> {
         let mut state = self.lock();
-        (state.end == Some(Ok(()))).then(|| std::mem::take(&mut state.left))
+        if state.end != Some(Ok(())) {
+            return None;
+        }
+        Some((std::mem::take(&mut state.left), state.place.take().map(|(place, _)| place)))
     }
 
     /// Nobody reads the body: a guest that goes on with it is told so.
@@ -167,6 +177,7 @@ impl Exchange {
         let mut state = self.lock();
         state.body = None;
         state.left.clear();
+        state.give_back();
         state.end.get_or_insert(Ok(()));
         if let Some(writer) = state.writer.take() {
             writer.wake();
@@ -257,9 +268,12 @@ impl Exchange {
         state.wake();
     }
 
-    /// How it ended, if it has.
-    pub fn end(&self) -> Option<Result<(), Failure>> {
-        self.lock().end.clone()
+    /// The guest has ended: `place`, which it held, is given back when at most `spare` bytes wait for the client.
+    pub fn keep(&self, place: impl Send + 'static, spare: usize) {
+        let mut state = self.lock();
+        if state.waiting() > spare {
+            state.place = Some((Box::new(place), spare));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -284,6 +298,16 @@ impl State {
                 Poll::Ready(None) => return Finished::Complete,
                 Poll::Ready(Some(Err(_))) | Poll::Pending => return Finished::Unfinished,
             }
+        }
+    }
+
+    fn waiting(&self) -> usize {
+        self.left.iter().filter_map(|frame| frame.data_ref()).map(Bytes::len).sum()
+    }
+
+    fn give_back(&mut self) {
+        if self.place.as_ref().is_some_and(|(_, spare)| self.waiting() <= *spare) {
+            self.place = None;
         }
     }
 
@@ -334,5 +358,50 @@ fn refused(code: &Error) -> Failure {
         | Code::HttpResponseIncomplete
         | Code::HttpResponseTimeout => Failure::Upstream(code.to_string()),
         _ => Failure::Refused(code.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn next(exchange: &Exchange) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        exchange.poll_frame(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// An answer of three frames of ten bytes, whose guest has ended.
+    fn answered() -> Arc<Exchange> {
+        let exchange = Exchange::new();
+        exchange.answer(http::Response::new(()).into_parts().0);
+        (0..3).for_each(|_| exchange.push(Frame::data(Bytes::from_static(b"ten bytes!"))));
+        exchange.complete();
+        exchange
+    }
+
+    #[test]
+    fn a_place_is_held_until_little_is_left() {
+        let (place, exchange) = (Arc::new(()), answered());
+        exchange.keep(Arc::clone(&place), 10);
+        for held in [2, 1, 1] {
+            assert!(matches!(next(&exchange), Poll::Ready(Some(Ok(_)))));
+            assert_eq!(Arc::strong_count(&place), held);
+        }
+        assert!(matches!(next(&exchange), Poll::Ready(None)));
+    }
+
+    #[test]
+    fn a_place_goes_with_the_whole_answer_and_with_nobody() {
+        let (place, exchange) = (Arc::new(()), answered());
+        exchange.keep(Arc::clone(&place), 0);
+        let (frames, held) = exchange.take_whole().unwrap();
+        assert_eq!((frames.len(), Arc::strong_count(&place)), (3, 2));
+        drop(held);
+        let exchange = answered();
+        exchange.keep(Arc::clone(&place), 0);
+        exchange.discard();
+        assert_eq!(Arc::strong_count(&place), 1);
+        // Little enough from the start.
+        answered().keep(Arc::clone(&place), 30);
+        assert_eq!(Arc::strong_count(&place), 1);
     }
 }

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! Read in this order: `module` (how bytes become a program), `program` (imports and entry), `store`, `run`, `exit`; for
-//! servers `proxy` (linked), `serving` (a request's visit), `visitor` (its store), `exchange` (its answer); then `engine`, `pool`, `epoch` and
-//! `limits`, which keep guests from harming each other.
+//! servers `proxy` (linked), `serving` (a request's visit), `visitor` (its store), `exchange` (its answer), `warm` and
+//! `shared` (instances for several requests, of 0.2 and 0.3); then `engine`, `pool`, `epoch` and `limits`, which keep guests
+//! from harming each other.
 
 mod cache;
 mod compile;
@@ -30,6 +31,7 @@ mod random;
 mod run;
 mod service;
 mod serving;
+mod shared;
 mod store;
 mod swap;
 mod visitor;
@@ -40,7 +42,7 @@ use std::sync::Arc;
 
 pub use engine::{Bounds, Engines, Kind};
 pub use epoch::{CpuTime, TICK, Ticker};
-pub use exchange::{BodyFault, Exchange, Failure};
+pub use exchange::{BodyFault, Exchange, Failure, Place};
 pub use exit::Outcome;
 pub use failure::LoadError;
 pub use hooks::Hooks;
@@ -49,7 +51,8 @@ pub use module::{Code, CompileSettings, Programs};
 pub use pool::INSTANCES;
 pub use program::{Entry, Program};
 pub use run::Run;
-pub use serving::{Flight, Serving, Step};
+pub use serving::{Begun, Flight, Serving, Step};
+pub use shared::Reuse;
 pub use store::Environment;
 pub use visitor::Host;
 pub use worker::compile_worker;

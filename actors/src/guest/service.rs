@@ -1,61 +1,35 @@
-//! One request's visit to a server of WASI 0.3.
+//! One request's visit to an instance of WASI 0.3.
 //!
-//! The guest's answer and its body are made by tasks inside the instance, which run as long as somebody drives them: the
-//! visit ends when the body is complete. Frames go into the exchange, which holds a few for a client that is slow.
+//! The guest's answer and its body are made by tasks inside the instance. Frames go into the exchange, which holds a few for
+//! a client that is slow.
 //!
-//! Called by `proxy.rs`.
+//! Called by `shared.rs`.
 
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use http::header::HOST;
 use http::uri::{Authority, Scheme, Uri};
-use http_body::Body;
 use http_body_util::BodyExt;
 use wasmtime::component::Accessor;
-use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p3::Request;
-use wasmtime_wasi_http::p3::bindings::{Service, ServicePre};
+use wasmtime_wasi_http::p3::bindings::Service;
+use wasmtime_wasi_http::{WasiBody, WasiHttpView};
 
-use super::engine::Kind;
 use super::exchange::Exchange;
-use super::visitor::{self, Host, Visitor};
+use super::visitor::Visitor;
 
 /// What became of the request's body.
 type Sent = Pin<Box<dyn Future<Output = Result<(), wasmtime_wasi_http::Error>> + Send>>;
 
-/// Serves one request in an instance of its own.
-pub(super) async fn call<B>(
-    pre: &ServicePre<Visitor>,
-    host: &Arc<Host>,
-    number: u64,
-    request: http::Request<B>,
-    exchange: &Arc<Exchange>,
-) where
-    B: Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<wasmtime_wasi_http::Error>,
-{
-    let mut store = visitor::store(pre.engine(), Kind::Concurrent, host, number);
-    let service = match pre.instantiate_async(&mut store).await {
-        Ok(service) => service,
-        Err(error) => return exchange.settle(&Err(error)),
-    };
-    let outcome = store.run_concurrent(async |accessor| serve(accessor, &service, request, exchange).await).await;
-    exchange.settle(&outcome.flatten());
-}
-
-async fn serve<B>(
+/// Serves one request, up to the end of its answer.
+pub(super) async fn serve(
     accessor: &Accessor<Visitor>,
     service: &Service,
-    request: http::Request<B>,
+    request: http::Request<WasiBody>,
     exchange: &Arc<Exchange>,
-) -> wasmtime::Result<()>
-where
-    B: Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<wasmtime_wasi_http::Error>,
-{
+) -> wasmtime::Result<()> {
     let (request, sent): (_, Sent) = accessor.with(|mut store| {
         let (request, sent) = Request::from_http(store.data_mut().http().hooks, with_authority(request));
         (request, Box::pin(sent) as Sent)

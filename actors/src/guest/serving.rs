@@ -14,87 +14,116 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::Body;
+use http_body_util::BodyExt;
 use wasmtime_wasi_http::WasiHttpView;
-use wasmtime_wasi_http::p2::bindings::ProxyPre;
 use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 
-use super::engine::Kind;
 use super::epoch::{Clock, Driven, Ticker};
 use super::exchange::{Exchange, Failure};
 use super::proxy::Ready;
-use super::visitor::{self, Host, Visitor};
+use super::shared::{Instances, Reuse, Visit};
+use super::visitor::{self, Host};
 use super::warm::{Instance, Warm};
 
 /// A server and the container it serves for.
 pub struct Serving {
     program: Arc<super::Program>,
     host: Arc<Host>,
+    /// Of a guest of WASI 0.2.
     warm: Warm,
+    /// Of one of WASI 0.3.
+    instances: Arc<Instances>,
+}
+
+/// What has to be polled for a request.
+pub struct Begun {
+    /// Its visit, which goes on as far as it is polled.
+    pub flight: Flight,
+    /// The life of an instance that was made for it and may outlive it.
+    pub life: Option<Flight>,
 }
 
 impl Serving {
-    /// `reuse` requests are served by an instance, one after another, if the next comes within `idle`.
-    pub fn new(program: Arc<super::Program>, host: Host, reuse: u32, idle: Duration) -> Arc<Self> {
-        Arc::new(Self { program, host: Arc::new(host), warm: Warm::new(reuse, idle) })
+    /// Makes instances that live as `reuse` says.
+    pub fn new(program: Arc<super::Program>, host: Host, reuse: Reuse) -> Arc<Self> {
+        let (warm, instances) = (Warm::new(reuse.requests, reuse.idle), Instances::new(reuse));
+        Arc::new(Self { program, host: Arc::new(host), warm, instances })
     }
 
-    /// The visit of one request, not yet begun: it goes on as far as the flight is polled.
-    pub fn begin<B>(self: &Arc<Self>, ticker: &Ticker, number: u64, request: http::Request<B>) -> Flight
+    /// The visit of one request.
+    pub fn begin<B>(self: &Arc<Self>, ticker: &Ticker, number: u64, request: http::Request<B>) -> Begun
     where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Into<wasmtime_wasi_http::Error>,
     {
         let exchange = Exchange::new();
-        let (serving, answers) = (Arc::clone(self), Answers(Arc::clone(&exchange)));
-        let mut guest = ticker.drive(Arc::clone(&self.host.cpu), async move {
-            serving.visit(number, request, answers).await;
-        });
-        guest.time_by(Clock::Wall);
-        Flight { exchange, guest }
+        let super::Program::Server(server) = &*self.program else {
+            exchange.stop(Failure::Host("the program is no server".into()));
+            return Begun { flight: self.fly(ticker, exchange, async {}), life: None };
+        };
+        match server.ready() {
+            Ready::Proxy(_) => {
+                let (serving, answers) = (Arc::clone(self), Answers(Arc::clone(&exchange)));
+                let visit = async move { serving.visit(number, request, &answers.0).await };
+                Begun { flight: self.fly(ticker, exchange, visit), life: None }
+            }
+            Ready::Service(pre) => {
+                let request = request.map(|body| body.map_err(Into::into).boxed_unsync());
+                let visit = Visit { request, exchange: Arc::clone(&exchange) };
+                match self.instances.ask(pre, &self.host, number, visit) {
+                    Ok((seat, life)) => Begun {
+                        flight: self.fly(ticker, exchange, seat.wait()),
+                        life: life.map(|life| self.fly(ticker, Exchange::new(), life)),
+                    },
+                    Err(failure) => {
+                        exchange.stop(failure);
+                        Begun { flight: self.fly(ticker, exchange, async {}), life: None }
+                    }
+                }
+            }
+        }
     }
 
     /// Lets go of instances that wait for nothing.
     pub fn cool_down(&self) {
         self.warm.cool_down();
+        self.instances.cool_down();
     }
 
-    async fn visit<B>(&self, number: u64, request: http::Request<B>, answers: Answers)
+    /// From here on no instance waits for another request.
+    pub fn close(&self) {
+        self.instances.close();
+    }
+
+    fn fly(
+        &self,
+        ticker: &Ticker,
+        exchange: Arc<Exchange>,
+        guest: impl Future<Output = ()> + Send + 'static,
+    ) -> Flight {
+        let mut guest = ticker.drive(Arc::clone(&self.host.cpu), guest);
+        guest.time_by(Clock::Wall);
+        Flight { exchange, guest }
+    }
+
+    async fn visit<B>(&self, number: u64, request: http::Request<B>, exchange: &Arc<Exchange>)
     where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Into<wasmtime_wasi_http::Error>,
     {
-        let super::Program::Server(server) = &*self.program else {
-            return answers.0.stop(Failure::Host("the program is no server".into()));
-        };
-        match server.ready() {
-            Ready::Proxy(pre) => self.call(pre, server.kind(), number, request, &answers.0).await,
-            Ready::Service(pre) => super::service::call(pre, &self.host, number, request, &answers.0).await,
-        }
-    }
-
-    async fn call<B>(
-        &self,
-        pre: &ProxyPre<Visitor>,
-        kind: Kind,
-        number: u64,
-        request: http::Request<B>,
-        exchange: &Arc<Exchange>,
-    ) where
-        B: Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<wasmtime_wasi_http::Error>,
-    {
+        // Looked at again: a copy of it for each request would cost more.
+        let super::Program::Server(server) = &*self.program else { return };
+        let Ready::Proxy(pre) = server.ready() else { return };
         let mut instance = match self.warm.take(pre.engine()) {
             Some(mut instance) => {
                 instance.store.data_mut().turn_to(number);
-                visitor::first_turn(&mut instance.store);
                 instance
             }
             None => {
-                let mut store = visitor::store(pre.engine(), kind, &self.host, number);
+                let mut store = visitor::store(pre.engine(), server.kind(), &self.host, Some(number));
                 match pre.instantiate_async(&mut store).await {
                     Ok(proxy) => Instance::new(store, proxy),
                     Err(error) => return exchange.settle(&Err(error)),
@@ -138,7 +167,7 @@ impl Instance {
     }
 }
 
-/// A request on its visit.
+/// A request on its visit, or the life of an instance (whose exchange is nobody's).
 pub struct Flight {
     exchange: Arc<Exchange>,
     guest: Driven<()>,
@@ -162,11 +191,10 @@ impl Flight {
 
     /// Goes on with the guest.
     pub fn step(&mut self, cx: &mut Context<'_>) -> Step {
-        // Not somebody else's on this thread.
-        visitor::spun();
+        visitor::begin_turn();
         match Pin::new(&mut self.guest).poll(cx) {
             Poll::Ready(()) => Step::Landed,
-            Poll::Pending if visitor::spun() => {
+            Poll::Pending if visitor::is_spinning() => {
                 self.guest.time_by(Clock::Cpu);
                 Step::Spinning
             }

@@ -4,28 +4,26 @@
 //! randomness, environment and output in one piece, its files (an open folder) in another. Both at once, for every request,
 //! were 12 % of a small one.
 //!
-//! Called by `proxy.rs` and `service.rs`.
+//! Called by `serving.rs` and `shared.rs`.
 
 use std::cell::Cell;
 use std::sync::Arc;
+use std::time::Instant;
 
 use wasmtime::component::{HasData, Linker, ResourceTable};
 use wasmtime::{Engine, Store, UpdateDeadline};
 use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemCtxView};
 use wasmtime_wasi::p2::bindings::{filesystem, io};
 use wasmtime_wasi::{FsPerms, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
+use wasmtime_wasi_config::{WasiConfig, WasiConfigVariables};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 use super::engine::Kind;
-use super::epoch::CpuTime;
+use super::epoch::{CpuTime, TICK};
 use super::hooks::Hooks;
 use super::limits::{Budget, Meter};
 use super::store::{Environment, MAX_RANDOM, MAX_RESOURCES};
 use crate::stdio::{Lines, Output};
-
-/// Ticks that a request may run before it has to let others run: at least one whole one, so that a short request that
-/// begins just before a tick is not taken for a long one.
-const FIRST_TURN: u64 = 2;
 
 /// What all requests of a container share.
 pub struct Host {
@@ -47,11 +45,12 @@ pub struct Visitor {
     /// All but files; of a guest of WASI 0.3, files as well.
     wasi: Option<Box<WasiCtx>>,
     files: Option<Box<WasiCtx>>,
+    config: Option<Box<WasiConfigVariables>>,
     http: WasiHttpCtx,
     meter: Meter,
     host: Arc<Host>,
-    /// Numbers the requests of a container.
-    request: u64,
+    /// Numbers the requests of a container; none where several share an instance.
+    request: Option<u64>,
     /// WASI is asked for in one piece.
     whole: bool,
 }
@@ -59,13 +58,17 @@ pub struct Visitor {
 impl Visitor {
     /// The next request for this instance.
     pub(super) fn turn_to(&mut self, request: u64) {
-        self.request = request;
+        self.request = Some(request);
         // The next one's environment says its own number.
         self.wasi = None;
     }
 
     fn table(&mut self) -> &mut ResourceTable {
         &mut self.table
+    }
+
+    fn config(&mut self) -> WasiConfig<'_> {
+        WasiConfig::new(self.config.get_or_insert_with(|| Box::new(self.host.environment.variables())))
     }
 
     fn files(&mut self) -> WasiFilesystemCtxView<'_> {
@@ -79,6 +82,7 @@ impl Visitor {
 pub(super) fn link(linker: &mut Linker<Visitor>, kind: Kind) -> wasmtime::Result<()> {
     wasmtime_wasi::p2::add_to_linker_async(linker)?;
     wasmtime_wasi_http::p2::add_only_http_to_linker_async(linker)?;
+    wasmtime_wasi_config::add_to_linker(linker, Visitor::config)?;
     if kind == Kind::Concurrent {
         wasmtime_wasi::p3::add_to_linker(linker)?;
         return wasmtime_wasi_http::p3::add_to_linker(linker);
@@ -114,14 +118,15 @@ impl WasiHttpView for Visitor {
     }
 }
 
-/// A store for the request of this number.
-pub(super) fn store(engine: &Engine, kind: Kind, host: &Arc<Host>, request: u64) -> Store<Visitor> {
+/// A store for the request of this number, or for several.
+pub(super) fn store(engine: &Engine, kind: Kind, host: &Arc<Host>, request: Option<u64>) -> Store<Visitor> {
     let mut table = ResourceTable::new();
     table.set_max_capacity(MAX_RESOURCES);
     let visitor = Visitor {
         table,
         wasi: None,
         files: None,
+        config: None,
         http: WasiHttpCtx::new(),
         hooks: host.hooks.clone(),
         meter: Meter::new(Arc::clone(&host.budget)),
@@ -131,35 +136,42 @@ pub(super) fn store(engine: &Engine, kind: Kind, host: &Arc<Host>, request: u64)
     };
     let mut store = Store::new(engine, visitor);
     store.limiter(|visitor| &mut visitor.meter);
+    store.set_epoch_deadline(1);
     store.epoch_deadline_callback(|_| {
-        SPUN.set(true);
+        // The epoch went on while the guest slept, or began just before a tick: neither is a reason to interrupt it.
+        if TURN.get().is_some_and(|begun| begun.elapsed() < TICK) {
+            return Ok(UpdateDeadline::Continue(1));
+        }
+        TURN.set(None);
         Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())))
     });
-    first_turn(&mut store);
     store
 }
 
-/// A whole turn for the guest, before a call.
-pub(super) fn first_turn(store: &mut Store<Visitor>) {
-    store.set_epoch_deadline(FIRST_TURN);
-}
-
 thread_local! {
-    /// A guest was interrupted on this thread since the last look.
-    static SPUN: Cell<bool> = const { Cell::new(false) };
+    /// When the turn of the guest that this thread polls began; `None` once it had to be interrupted.
+    static TURN: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Whether a guest that was just polled on this thread had to be interrupted. Resets.
-pub(super) fn spun() -> bool {
-    SPUN.take()
+/// A guest is about to be polled on this thread: it may run for a tick, and up to two.
+pub(super) fn begin_turn() {
+    TURN.set(Some(Instant::now()));
 }
 
-fn context(host: &Host, request: u64, with_files: bool) -> WasiCtx {
+/// Whether the guest that is or was just polled on this thread had to be interrupted.
+pub(super) fn is_spinning() -> bool {
+    TURN.get().is_none()
+}
+
+fn context(host: &Host, request: Option<u64>, with_files: bool) -> WasiCtx {
     let Environment { args, env, cwd, root, readonly } = &host.environment;
     let mut builder = WasiCtxBuilder::new();
-    builder.args(args).envs(env).env("REQUEST_ID", request.to_string()).initial_cwd(cwd).max_random_size(MAX_RANDOM);
-    let lines =
-        |output: &Arc<Output>| Lines::new(Arc::clone(output), host.log_request_id.then(|| format!("[{request}] ")));
+    builder.args(args).envs(env).initial_cwd(cwd).max_random_size(MAX_RANDOM);
+    if let Some(request) = request {
+        builder.env("REQUEST_ID", request.to_string());
+    }
+    let prefix = request.filter(|_| host.log_request_id).map(|request| format!("[{request}] "));
+    let lines = |output: &Arc<Output>| Lines::new(Arc::clone(output), prefix.clone());
     builder.stdout(lines(&host.stdout)).stderr(lines(&host.stderr));
     if let Some(root) = root.as_ref().filter(|_| with_files) {
         let permissions = if *readonly { FsPerms::ReadOnly } else { FsPerms::ReadWrite };

@@ -144,9 +144,8 @@ impl Leash {
 
 impl Answer {
     /// A complete body.
-    pub fn whole(frames: VecDeque<Frame<Bytes>>, mut visit: Visit) -> Self {
+    pub fn whole(frames: VecDeque<Frame<Bytes>>, visit: Visit) -> Self {
         let left = frames.iter().filter_map(|frame| frame.data_ref()).map(|data| data.len() as u64).sum();
-        visit.waits_with(left);
         let has_trailers = frames.back().is_some_and(Frame::is_trailers);
         let mut answer = Self { content: Content::Whole { frames, left, has_trailers }, visit };
         answer.note_end();

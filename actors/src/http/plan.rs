@@ -63,20 +63,20 @@ impl Plan {
             cpu: self.cpu,
             hooks: Hooks::new(Some(Client::new(&self.client))),
         };
-        let (reuse, idle) = (self.settings.instance_reuse, self.settings.instance_idle_timeout);
-        let serving = Serving::new(self.program, host, reuse, idle);
+        let serving = Serving::new(self.program, host, self.settings.reuse());
         let threads = Threads { workers: self.workers, slots: self.slots, stage };
         let server = Server::new(self.name, self.settings, serving, threads, streams.clone());
-        let outcome = server.serve(listener, &mut signals).await;
+        let (outcome, patience) = server.serve(listener, &mut signals).await;
+        let name = server.name().to_owned();
         drop(server);
-        // A reader that stalls holds up the end of its own container only; a further signal ends the wait, and one that was
-        // cut off is not waited for.
-        let is_drained = matches!(outcome, Outcome::Exited(_));
-        let enough = signals.wait_for(|signals| !is_drained || signals.count > 1);
+        // A reader that stalls holds up the end of its own container, but not for ever; a further signal ends the wait.
         tokio::select! {
             biased;
             () = streams.finish() => {}
-            _ = enough => {}
+            _ = signals.wait_for(|signals| signals.count > 1) => {}
+            () = tokio::time::sleep(patience) => {
+                tracing::warn!(container = %name, "the last of its output is lost: nobody reads it");
+            }
         }
         outcome
     }

@@ -29,7 +29,7 @@ use super::server::Server;
 use super::settings::HttpSettings;
 use super::streams::waits_for_guest;
 use super::visit::Visit;
-use crate::guest::{Exchange, Failure, Flight, Step};
+use crate::guest::{Begun, Exchange, Failure, Flight, Step};
 
 /// Answers a request, whatever happens.
 pub async fn respond(
@@ -80,35 +80,41 @@ fn examine<B: Body>(request: &Request<B>, settings: &HttpSettings) -> Result<(),
     }
 }
 
-async fn serve(server: &Arc<Server>, request: Request<Incoming>, permit: Permit, mut visit: Visit) -> Response<Answer> {
+async fn serve(server: &Arc<Server>, request: Request<Incoming>, permit: Permit, visit: Visit) -> Response<Answer> {
     let settings = server.settings();
     let deadline = settings.request_timeout.map(|timeout| Instant::from_std(visit.begun() + timeout));
     let (head, body) = request.into_parts();
     let (body, verdict) = ClientBody::new(body, settings.max_body, settings.idle_timeout);
-    let mut flight = server.begin(visit.number(), Request::from_parts(head, body));
+    let Begun { mut flight, life } = server.begin(visit.number(), Request::from_parts(head, body));
+    if let Some(life) = life {
+        launch(server, life, Terms { deadline: None, leash: server.leash(), permit: None, spare: 0 }, None);
+    }
     let exchange = Arc::clone(flight.exchange());
     let step = poll_fn(|cx| Poll::Ready(flight.step(cx))).await;
     if let Step::Landed = step {
         drop(flight);
-        visit.hold(permit);
+        exchange.keep(permit, visit.spare());
         // First all guests that are ready on this worker, then all answers: the code of each stays in the caches.
         tokio::task::yield_now().await;
-        return answer(server, &exchange, None, verdict.as_deref(), visit).await;
+        return answer(server, &exchange, Leash::default(), verdict.as_deref(), visit).await;
     }
     let leash = server.leash();
     let runtime = match step {
         Step::Spinning => server.background(),
         Step::Landed | Step::Waiting => None,
     };
-    launch(server, flight, Terms { deadline, leash: leash.clone(), _permit: permit }, runtime);
-    answer(server, &exchange, Some(Leash::new(leash.drop_guard())), verdict.as_deref(), visit).await
+    let terms = Terms { deadline, leash: leash.clone(), permit: Some(permit), spare: visit.spare() };
+    launch(server, flight, terms, runtime);
+    answer(server, &exchange, Leash::new(leash.drop_guard()), verdict.as_deref(), visit).await
 }
 
 /// On which terms a guest goes on.
 struct Terms {
     deadline: Option<Instant>,
     leash: CancellationToken,
-    _permit: Permit,
+    permit: Option<Permit>,
+    /// Bytes of its answer that may wait when it has ended and its permit is given back.
+    spare: usize,
 }
 
 /// Goes on with a guest as a task of its own: here, or in the background.
@@ -145,7 +151,11 @@ async fn go_on(server: Arc<Server>, mut flight: Flight, terms: Terms, moves: boo
             let background = server.background();
             launch(&server, flight, terms, background);
         }
-        End::Step(Step::Landed | Step::Waiting) => {}
+        End::Step(Step::Landed | Step::Waiting) => {
+            if let Some(permit) = terms.permit {
+                flight.exchange().keep(permit, terms.spare);
+            }
+        }
     }
 }
 
@@ -160,7 +170,7 @@ async fn until(deadline: Option<Instant>) {
 async fn answer(
     server: &Server,
     exchange: &Arc<Exchange>,
-    leash: Option<Leash>,
+    leash: Leash,
     verdict: Option<&Verdict>,
     mut visit: Visit,
 ) -> Response<Answer> {
@@ -177,15 +187,14 @@ async fn answer(
     };
     visit.answered(head.status);
     match exchange.take_whole() {
-        Some(frames) => {
+        Some((frames, place)) => {
+            visit.hold(place);
             let mut response = with_head(head, Answer::whole(frames, visit));
             name_trailers(&mut response);
             response
         }
         None => {
             let length = head.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-            // Without a leash the guest has landed: nobody is left to be stopped.
-            let leash = leash.unwrap_or_default();
             with_head(head, Answer::stream(Arc::clone(exchange), leash, length, visit))
         }
     }

@@ -1,7 +1,7 @@
 //! One `wasi:http` container: listens, accepts, drains.
 //!
 //! ```text
-//! run ─▶ accept ──▶ a connection task on a worker
+//! serve ─▶ accept ──▶ a connection task on a worker
 //!   └ a signal ─▶ drain: take what is in the backlog, close the listener, tell the connections
 //!                   ├─ all done                     exit 0
 //!                   └─ timeout, a second signal ─▶ cut, exit 128+n
@@ -13,7 +13,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::Interest;
@@ -30,12 +30,15 @@ use super::connection;
 use super::progress::FAREWELL;
 use super::settings::HttpSettings;
 use super::workers::Workers;
-use crate::guest::{Failure, Flight, Outcome, Serving, Stage};
+use crate::guest::{Begun, Failure, Outcome, Serving, Stage};
 use crate::signals::Signals;
 use crate::stdio::{Streams, watched};
 
 /// After a failed `accept` (no descriptors left, say): the next one would fail at once as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a reader of the log that stalls has at least, after a server has drained.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A server at work.
 pub struct Server {
@@ -96,12 +99,16 @@ impl Server {
         })
     }
 
-    /// Serves until a signal ends it.
-    pub async fn serve(self: &Arc<Self>, listener: TcpListener, signals: &mut watch::Receiver<Signals>) -> Outcome {
+    /// Serves until a signal ends it. Tells how it ended, and how long its last output may still take.
+    pub async fn serve(
+        self: &Arc<Self>,
+        listener: TcpListener,
+        signals: &mut watch::Receiver<Signals>,
+    ) -> (Outcome, Duration) {
         let addr = listener.local_addr();
         let listener = match watched(listener.into(), Interest::READABLE) {
             Ok(listener) => listener,
-            Err(error) => return Outcome::HostFailed(format!("watch the listener: {error}")),
+            Err(error) => return (Outcome::HostFailed(format!("watch the listener: {error}")), LAST_WORDS),
         };
         if let Ok(addr) = addr {
             tracing::info!(container = %self.name, %addr, "listening");
@@ -114,19 +121,32 @@ impl Server {
             () = self.cool_down() => SIGKILL,
         };
         if first == SIGKILL {
-            return self.cut_off(SIGKILL).await;
+            return (self.cut_off(SIGKILL).await, Duration::ZERO);
         }
-        self.drain(first, listener, signals).await
+        let begun = Instant::now();
+        let outcome = self.drain(first, listener, signals).await;
+        let patience = match outcome {
+            Outcome::Killed(_) => Duration::ZERO,
+            _ => self.settings.drain_timeout.saturating_sub(begun.elapsed()).max(LAST_WORDS),
+        };
+        (outcome, patience)
     }
 
     async fn accept_all(self: &Arc<Self>, listener: &AsyncFd<OwnedFd>, room: &Arc<Semaphore>) {
+        let mut is_failing = false;
         loop {
             // Never closed. Whoever comes now waits in the backlog.
             let Ok(permit) = Arc::clone(room).acquire_owned().await else { return };
             match listener.async_io(Interest::READABLE, accept).await {
-                Ok((stream, peer)) => self.connected(stream, peer, Some(permit)),
+                Ok((stream, peer)) => {
+                    is_failing = false;
+                    self.connected(stream, peer, Some(permit));
+                }
                 Err(error) => {
-                    tracing::warn!(container = %self.name, %error, "a connection cannot be accepted");
+                    // One line when it begins: it may go on for long.
+                    if !std::mem::replace(&mut is_failing, true) {
+                        tracing::warn!(container = %self.name, %error, "connections cannot be accepted; they wait");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -170,10 +190,11 @@ impl Server {
         listener: AsyncFd<OwnedFd>,
         signals: &mut watch::Receiver<Signals>,
     ) -> Outcome {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let (finished, broken) = (self.finished.load(Ordering::Relaxed), self.broken.load(Ordering::Relaxed));
         tracing::info!(container = %self.name, signal, requests = self.admission.running(), "draining");
         self.close(listener);
+        self.serving.close();
         self.drain.cancel();
         self.bell.ring(Phase::Draining);
         self.tasks.close();
@@ -210,6 +231,7 @@ impl Server {
     }
 
     async fn cut_off(&self, signal: u8) -> Outcome {
+        self.serving.close();
         self.drain.cancel();
         self.cut.cancel();
         self.bell.ring(Phase::Cut);
@@ -246,7 +268,7 @@ impl Server {
     }
 
     /// The visit of a request.
-    pub fn begin(&self, number: u64, request: http::Request<ClientBody>) -> Flight {
+    pub fn begin(&self, number: u64, request: http::Request<ClientBody>) -> Begun {
         self.serving.begin(&self.stage.ticker, number, request)
     }
 

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::guest::Bounds;
+use crate::guest::{Bounds, Reuse};
 use crate::outgoing::OutgoingPolicy;
 use crate::units::{parse_bytes, parse_duration};
 
@@ -107,6 +107,16 @@ const NAMES: [&str; 17] = [
 ];
 
 impl HttpSettings {
+    /// How long instances live.
+    pub fn reuse(&self) -> Reuse {
+        Reuse {
+            requests: self.instance_reuse,
+            idle: self.instance_idle_timeout,
+            patience: self.request_timeout,
+            limit: self.max_concurrent_requests,
+        }
+    }
+
     /// The settings of a container, from the farthest source to the nearest.
     ///
     /// # Errors

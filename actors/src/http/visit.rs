@@ -9,13 +9,12 @@ use std::time::Instant;
 use http::{Method, Request, StatusCode, Uri, Version};
 use serde_json::json;
 
-use super::admission::Permit;
 use super::progress::Progress;
 use super::server::Server;
-use crate::guest::Failure;
+use crate::guest::{Failure, Place};
 
 /// Bytes of an answer that may wait outside of the limit of requests.
-const LITTLE: u64 = 64 << 10;
+const LITTLE: usize = 64 << 10;
 
 /// A request under way. Dropped before it is complete, it counts as cut.
 pub struct Visit {
@@ -27,8 +26,7 @@ pub struct Visit {
     is_head: bool,
     status: StatusCode,
     sent: u64,
-    /// Its place among the requests that may run, if it keeps it.
-    permit: Option<Permit>,
+    place: Option<Place>,
     is_http2: bool,
     end: End,
     /// What the access log will say; only if there is one.
@@ -62,7 +60,7 @@ impl Visit {
             is_head: request.method() == Method::HEAD,
             status: StatusCode::OK,
             sent: 0,
-            permit: None,
+            place: None,
             is_http2: request.version() == Version::HTTP_2,
             end: End::Open,
             line: server.settings().access_log.then(|| Box::new(Line::of(request, connection))),
@@ -86,17 +84,14 @@ impl Visit {
         self.begun
     }
 
-    /// The guest has ended; what it wrote waits here. The request keeps its place until that is delivered, so that what
-    /// waits is bounded, unless it is little and on a connection that waits for one answer at a time.
-    pub fn hold(&mut self, permit: Permit) {
-        self.permit = Some(permit);
+    /// The request keeps its place among those that may run until all of its answer is delivered.
+    pub fn hold(&mut self, place: Option<Place>) {
+        self.place = place;
     }
 
-    /// So many bytes wait to be delivered.
-    pub fn waits_with(&mut self, bytes: u64) {
-        if bytes <= LITTLE && !self.is_http2 {
-            self.permit = None;
-        }
+    /// Bytes of its answer that may wait without a place: none where a connection has many answers.
+    pub fn spare(&self) -> usize {
+        if self.is_http2 { 0 } else { LITTLE }
     }
 
     /// The answer has this status.

@@ -12,15 +12,16 @@
 //!     /never               no answer at all              /error               the answer is an error code
 //!     /wrong-length?declared&actual                      /unfinished /leak    bodies without an end
 //!     /log?lines&text      lines on stdout and stderr    /log-partial         one without its end
-//!     /remember            fills memory with the body    /search              looks for the body in memory
+//!     /remember?ms         fills memory with the body    /search              looks for the body in memory
 //!     /fetch?url&connect_ms&first_ms&between_ms          /proxy?url           requests of its own
 //!     /file?path           a file of its root            /random /time        what else the host gives
-//!     /static-counter      how often this instance was asked
+//!     /config?key          a value of wasi:config        /static-counter      how often this instance was asked
 //!
-//! A mistake in the query is 400, an unknown path 404, whatever the method is. A stream that the host has closed ends the
+//! With `say=TEXT` in the query, whatever the path, TEXT is printed first: the request has begun. A mistake in the query is 400, an unknown path 404, whatever the method is. A stream that the host has closed ends the
 //! request; stderr says so.
 mod answer;
 mod bodies;
+mod config;
 mod compute;
 mod endings;
 mod host;
@@ -55,6 +56,9 @@ impl wasip2::exports::http::incoming_handler::Guest for Web {
 }
 
 fn route(path: &str, query: &Query, request: IncomingRequest, out: ResponseOutparam) -> Outcome {
+    if let Some(text) = query.text("say") {
+        println!("{text}");
+    }
     match path {
         "/" | "/hello" => text(out, 200, "hello\n"),
         "/inspect" => host::inspect(&request, out),
@@ -75,7 +79,7 @@ fn route(path: &str, query: &Query, request: IncomingRequest, out: ResponseOutpa
         "/json" => compute::json(query, out),
         "/alloc" => memory::alloc(query, out),
         "/alloc-forever" => memory::alloc_forever(out),
-        "/remember" => memory::remember(&request, out),
+        "/remember" => memory::remember(query, &request, out),
         "/search" => memory::search(&request, out),
         "/static-counter" => memory::static_counter(out),
         "/trap" => endings::trap(),
@@ -87,6 +91,7 @@ fn route(path: &str, query: &Query, request: IncomingRequest, out: ResponseOutpa
         "/log" => host::log(query, out),
         "/log-partial" => host::log_partial(out),
         "/file" => host::file(query, out),
+        "/config" => config::get(query, out),
         "/random" => host::random(out),
         "/time" => host::time(out),
         "/fetch" => outgoing::fetch(query, out),

@@ -11,6 +11,7 @@ use wasip2::http::types::{IncomingRequest, ResponseOutparam};
 use crate::answer::{Outcome, text};
 use crate::bodies::read;
 use crate::query::{Query, or_mistake};
+use crate::time::wait;
 
 const PAGE: usize = 4096;
 const STEP: usize = 1024 * 1024;
@@ -57,7 +58,9 @@ fn take(bytes: usize) -> Option<Vec<u8>> {
     Some(black_box(taken))
 }
 
-pub fn remember(request: &IncomingRequest, out: ResponseOutparam) -> Outcome {
+/// With `ms`, it holds on to it for so long, and says on stdout when it begins to.
+pub fn remember(query: &Query, request: &IncomingRequest, out: ResponseOutparam) -> Outcome {
+    let (ms, out) = or_mistake(query.number("ms", Some(0)), out)?;
     let mut secret = Vec::new();
     read(request, |piece| {
         secret.extend_from_slice(piece);
@@ -72,6 +75,10 @@ pub fn remember(request: &IncomingRequest, out: ResponseOutparam) -> Outcome {
     repeat(&secret, &mut heap);
     black_box(heap.leak());
     recurse(&secret, FRAMES);
+    if ms > 0 {
+        println!("remembered");
+        wait(ms);
+    }
     text(out, 200, "ok\n")
 }
 

@@ -50,7 +50,7 @@ fn between(out: ResponseOutparam, work: impl FnOnce()) -> Outcome {
     Ok(())
 }
 
-fn wait(ms: u64) {
+pub fn wait(ms: u64) {
     subscribe_duration(ms.saturating_mul(1_000_000)).block();
 }
 
