@@ -8,7 +8,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use tar::{Builder, EntryType, Header};
+use tar::{Builder, EntryType};
+
+use crate::layout::append;
 
 /// One node of the root filesystem.
 #[derive(Debug)]
@@ -51,18 +53,6 @@ impl Entries {
         }
         Ok(tar.into_inner()?)
     }
-}
-
-/// Appends one member whose header depends on nothing but the arguments.
-pub fn append(tar: &mut Builder<Vec<u8>>, path: &Path, kind: EntryType, mode: u32, content: &[u8]) -> Result<()> {
-    let mut header = Header::new_gnu();
-    header.set_entry_type(kind);
-    header.set_mode(mode);
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_mtime(0);
-    header.set_size(content.len() as u64);
-    tar.append_data(&mut header, path, content).with_context(|| format!("cannot pack {}", path.display()))
 }
 
 /// The path relative to the root; a path that could leave it is refused, not repaired.
