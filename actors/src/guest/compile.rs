@@ -31,7 +31,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::LoadError;
 use super::engine::Kind;
-use super::worker::{self, Orders};
+use super::worker::{self, Orders, Task};
 
 /// What one compile may cost, and where its result goes.
 #[derive(Debug, Clone)]
@@ -89,8 +89,17 @@ impl Compiler {
 
     /// Compiles and returns the sealed code. Blocks for as long as that takes: for blocking threads only.
     pub(super) fn compile(&self, kind: Kind, wasm: &File) -> Result<File, LoadError> {
+        self.run(Task::Compile(kind), wasm)
+    }
+
+    /// Turns the text format into the binary one. Blocks.
+    pub(super) fn convert(&self, text: &File) -> Result<File, LoadError> {
+        self.run(Task::Convert, text)
+    }
+
+    fn run(&self, task: Task, input: &File) -> Result<File, LoadError> {
         let code = memory_file("troupe-code").map_err(system("memory for the compiled code"))?;
-        let mut worker = self.start(kind, wasm, &code).map_err(system("the compile worker cannot be started"))?;
+        let mut worker = self.start(task, input, &code).map_err(system("the compile worker cannot be started"))?;
         let end = worker.watch(Instant::now() + self.settings.timeout);
         drop(worker);
         match end {
@@ -112,15 +121,15 @@ impl Compiler {
         }
     }
 
-    fn start(&self, kind: Kind, wasm: &File, code: &File) -> io::Result<Worker<'_>> {
+    fn start(&self, task: Task, input: &File, code: &File) -> io::Result<Worker<'_>> {
         let orders = Orders {
-            kind,
+            task,
             memory: self.settings.memory,
             // All its threads together; the clock decides in practice, this ends a worker whose daemon is stuck.
             cpu: self.settings.timeout * spare_cores() as u32 + Duration::from_secs(1),
             threads: spare_cores(),
         };
-        let mut input = wasm.try_clone()?;
+        let mut input = input.try_clone()?;
         input.rewind()?;
         let child = Command::new(&self.settings.worker)
             .arg0("troupe-compile-worker")

@@ -20,18 +20,28 @@ pub(super) fn inspect(bytes: &[u8], max_size: u64) -> Result<Format, LoadError> 
     if bytes.is_empty() {
         return Err(LoadError::not_wasm("is empty; it should be a WebAssembly module or component"));
     }
-    let size = bytes.len() as u64;
-    if size > max_size {
-        return Err(LoadError::too_expensive(format!(
-            "has {size} bytes, more than the {max_size} that `max_module_size` allows; \
-             strip its debug information or raise the runtime option `max_module_size`"
-        )));
-    }
+    check_size(bytes.len() as u64, max_size)?;
     match bytes.strip_prefix(MAGIC) {
         Some(rest) => version(rest),
         None if MAGIC.starts_with(bytes) => Err(truncated(bytes.len())),
         None => Err(foreign(bytes)),
     }
+}
+
+/// Refuses what is too large to be worth a look.
+pub(super) fn check_size(size: u64, most: u64) -> Result<(), LoadError> {
+    if size <= most {
+        return Ok(());
+    }
+    Err(LoadError::too_expensive(format!(
+        "has {size} bytes, more than the {most} that `max_module_size` allows; strip its debug information or raise the \
+         runtime option `max_module_size`"
+    )))
+}
+
+/// Whether this is the text format, which has to be read by a worker first.
+pub(super) fn is_wat(bytes: &[u8]) -> bool {
+    is_text(bytes) && first_word(bytes).starts_with(b"(")
 }
 
 /// The four bytes after the magic: version and layer, two bytes each.
@@ -68,9 +78,6 @@ fn foreign(bytes: &[u8]) -> LoadError {
         [0x1f, 0x8b, ..] => "is compressed (gzip); put the unpacked .wasm file into the image".to_owned(),
         [b'P', b'K', 3, 4, ..] => "is a zip archive; put the unpacked .wasm file into the image".to_owned(),
         [b'M', b'Z', ..] => "is a Windows program; this runtime runs WebAssembly only".to_owned(),
-        _ if is_text(bytes) && first_word(bytes).starts_with(b"(") => {
-            "is WebAssembly text; convert it with `wat2wasm` or `wasm-tools parse`".to_owned()
-        }
         _ if is_text(bytes) => "is a text file, not a WebAssembly module or component".to_owned(),
         _ => format!(
             "is not WebAssembly: it starts with {}, a module or component with 00 61 73 6d",
@@ -140,12 +147,21 @@ mod tests {
             (b"\x1f\x8b\x08", "gzip"),
             (b"PK\x03\x04", "zip"),
             (b"MZ\x90\0", "Windows"),
-            (b";; hello\n (module)", "WebAssembly text"),
             ("Grüße\n".as_bytes(), "text file"),
             (b"\xff\xfe\x00\x01", "ff fe 00 01"),
         ] {
             let text = refusal(bytes);
             assert!(text.contains(word) && text.starts_with("/app.wasm: "), "{bytes:?} gave: {text}");
+        }
+    }
+
+    #[test]
+    fn the_text_format_is_told_from_other_text() {
+        for text in ["(module)", "\n ;; hello\n (component)\n", "(; a comment ;) (module)"] {
+            assert!(is_wat(text.as_bytes()), "{text:?}");
+        }
+        for text in ["", "hello (module)", "#!/bin/sh", "\0asm\x01\0\0\0", "(module\0)"] {
+            assert!(!is_wat(text.as_bytes()), "{text:?}");
         }
     }
 

@@ -34,6 +34,7 @@ mod serving;
 mod shared;
 mod store;
 mod swap;
+mod text;
 mod visitor;
 mod warm;
 mod worker;

@@ -32,6 +32,7 @@ use super::compile::{Compiler, sealed};
 use super::engine::{Bounds, Engines, Kind};
 use super::inspect::{Format, inspect};
 use super::nature::Nature;
+use super::text::to_binary;
 
 pub use super::compile::CompileSettings;
 
@@ -125,6 +126,7 @@ impl<T: Send + Sync + 'static> Shared<T> {
     async fn prepare(self: &Arc<Self>, name: &str, wasm: Vec<u8>, bounds: Bounds) -> Result<Job, LoadError> {
         let (shared, name) = (self.clone(), name.to_owned());
         blocking(move || {
+            let wasm = to_binary(&shared.compiler, wasm)?;
             let format = inspect(&wasm, shared.compiler.settings.max_module_size)?;
             let kind = match format {
                 Format::Module => Kind::Command,

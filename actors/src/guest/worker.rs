@@ -1,8 +1,8 @@
 //! The compile worker: the child process behind the binary's hidden verb `compile-worker`.
 //!
-//! It reads wasm from stdin, gives up everything it does not need, compiles, writes the code to stdout and ends. Its
-//! orders come in the environment, which holds nothing else. stdin and stdout are files in memory, stderr is a pipe for
-//! one sentence.
+//! It reads wasm from stdin, gives up everything it does not need, compiles, writes the code to stdout and ends; or it
+//! reads the text format and writes the binary one. Its orders come in the environment, which holds nothing else. stdin
+//! and stdout are files in memory, stderr is a pipe for one sentence.
 //!
 //! Called by `main` of the binary, before any thread is started; `compile.rs` is the other side.
 
@@ -32,30 +32,63 @@ const NICE: i32 = 5;
 /// What the daemon tells its worker.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Orders {
-    pub kind: Kind,
+    pub task: Task,
     pub memory: u64,
     pub cpu: Duration,
     pub threads: usize,
+}
+
+/// What a worker makes of its input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Task {
+    /// Code, for this kind of engine.
+    Compile(Kind),
+    /// The binary format out of the text format.
+    Convert,
+}
+
+impl Task {
+    const CONVERT: &str = "convert";
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Compile(kind) => kind.word(),
+            Self::Convert => Self::CONVERT,
+        }
+    }
+
+    fn from_word(word: &str) -> Option<Self> {
+        if word == Self::CONVERT { Some(Self::Convert) } else { Kind::from_word(word).map(Self::Compile) }
+    }
+
+    fn of(self, input: &[u8]) -> Result<Vec<u8>, Failure> {
+        match self {
+            Self::Compile(kind) => compile(kind, input),
+            Self::Convert => wat::parse_bytes(input)
+                .map(std::borrow::Cow::into_owned)
+                .map_err(|error| Failure::Invalid(error.to_string())),
+        }
+    }
 }
 
 const ORDERS: &str = "TROUPE_COMPILE";
 
 impl Orders {
     pub(super) fn to_environment(&self) -> [(&'static str, String); 2] {
-        let Self { kind, memory, cpu, threads } = self;
-        let orders = format!("{} {memory} {} {threads} {}", kind.word(), cpu.as_secs().max(1), std::process::id());
+        let Self { task, memory, cpu, threads } = self;
+        let orders = format!("{} {memory} {} {threads} {}", task.word(), cpu.as_secs().max(1), std::process::id());
         [(ORDERS, orders), ("RAYON_NUM_THREADS", threads.to_string())]
     }
 
     /// The orders and the process that gave them.
     fn parse(text: &str) -> Option<(Self, i32)> {
         let mut words = text.split(' ');
-        let kind = Kind::from_word(words.next()?)?;
+        let task = Task::from_word(words.next()?)?;
         let memory = words.next()?.parse().ok()?;
         let cpu = Duration::from_secs(words.next()?.parse().ok()?);
         let threads = words.next()?.parse().ok()?;
         let parent = words.next()?.parse().ok()?;
-        words.next().is_none().then_some((Self { kind, memory, cpu, threads }, parent))
+        words.next().is_none().then_some((Self { task, memory, cpu, threads }, parent))
     }
 }
 
@@ -91,14 +124,18 @@ fn run() -> Result<(), Failure> {
         .lock()
         .read_to_end(&mut wasm)
         .map_err(|error| Failure::System(format!("reading the module: {error}")))?;
-    let format = inspect(&wasm, u64::MAX).map_err(|error| Failure::Invalid(error.to_string()))?;
-    let engine = compiling(orders.kind).map_err(|error| Failure::System(error.to_string()))?;
+    let made = orders.task.of(&wasm)?;
+    write(&made).map_err(|error| Failure::System(format!("writing the compiled code: {error}")))
+}
+
+fn compile(kind: Kind, wasm: &[u8]) -> Result<Vec<u8>, Failure> {
+    let format = inspect(wasm, u64::MAX).map_err(|error| Failure::Invalid(error.to_string()))?;
+    let engine = compiling(kind).map_err(|error| Failure::System(error.to_string()))?;
     let code = match format {
-        Format::Module => engine.precompile_module(&wasm),
-        Format::Component => engine.precompile_component(&wasm),
+        Format::Module => engine.precompile_module(wasm),
+        Format::Component => engine.precompile_component(wasm),
     };
-    let code = code.map_err(|error| Failure::Invalid(format!("{error:#}")))?;
-    write(&code).map_err(|error| Failure::System(format!("writing the compiled code: {error}")))
+    code.map_err(|error| Failure::Invalid(format!("{error:#}")))
 }
 
 /// Not through `io::stdout()`, which would look for line ends.
@@ -197,10 +234,12 @@ mod tests {
 
     #[test]
     fn orders_survive_the_environment() {
-        let orders = Orders { kind: Kind::Command, memory: 1 << 30, cpu: Duration::from_secs(60), threads: 3 };
-        let [(_, text), (_, threads)] = orders.to_environment();
-        assert_eq!(Orders::parse(&text), Some((orders, std::process::id() as i32)));
-        assert_eq!(threads, "3");
+        for task in [Task::Compile(Kind::Command), Task::Compile(Kind::Concurrent), Task::Convert] {
+            let orders = Orders { task, memory: 1 << 30, cpu: Duration::from_secs(60), threads: 3 };
+            let [(_, text), (_, threads)] = orders.to_environment();
+            assert_eq!(Orders::parse(&text), Some((orders, std::process::id() as i32)));
+            assert_eq!(threads, "3");
+        }
     }
 
     #[test]
