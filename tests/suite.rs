@@ -31,6 +31,7 @@ mod suite {
     pub mod http_swap;
     pub mod load;
     pub mod neighbours;
+    pub mod packing;
     pub mod recovery;
     pub mod restart;
     pub mod shutdown;
@@ -69,6 +70,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_outgoing", suite::http_outgoing::CASES),
     ("http_hostile", suite::http_hostile::CASES),
     ("http_isolation", suite::http_isolation::CASES),
+    ("packing", suite::packing::CASES),
     ("http_shared", suite::http_shared::CASES),
 ];
 /// On the newest only: they are about the guest or the machine, and take long.
@@ -82,6 +84,7 @@ const BARE: &[(&str, BareCases)] = &[
     ("load", suite::load::BARE),
     ("recovery", suite::recovery::BARE),
     ("shutdown", suite::shutdown::BARE),
+    ("packing", suite::packing::BARE),
 ];
 
 fn main() -> ExitCode {

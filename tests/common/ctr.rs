@@ -48,7 +48,7 @@ impl<'a> Client<'a> {
     /// Imports the image unless the namespace has it.
     pub fn import(&self, reference: &str, tar: &Path) -> Result<()> {
         if !self.ctr(&["images", "ls", "-q"])?.lines().any(|line| line == reference) {
-            self.ctr(&["images", "import", &tar.display().to_string()])?;
+            self.ctr(&["images", "import", "--all-platforms", &tar.display().to_string()])?;
         }
         Ok(())
     }

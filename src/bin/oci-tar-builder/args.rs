@@ -61,7 +61,8 @@ pub struct Args {
     #[arg(long, value_name = "SRC:DST", requires = "rootfs")]
     pub file: Vec<String>,
 
-    /// One argument of the entrypoint, repeatable; by default the only module, or the one called NAME.wasm
+    /// One argument of the entrypoint, repeatable; by default the only module, or the one called NAME.wasm. An artifact has
+    /// none, nor --env and --workdir
     #[arg(long, value_name = "ARG", allow_hyphen_values = true, conflicts_with = "as_artifact")]
     pub entrypoint: Vec<String>,
 
