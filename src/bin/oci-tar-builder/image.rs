@@ -42,16 +42,8 @@ pub fn of_wasm_layers(args: &Args) -> Result<Image> {
     let entrypoint = entrypoint(args, &names, "");
     let layers = layers(MediaType::from(WASM_LAYER), modules, extras)?;
     let platform = args.platform.clone().unwrap_or_else(|| Platform::wasm("wasip1"));
-    let mut diff_ids = Vec::new();
-    for layer in &layers {
-        match layer.media_type {
-            MediaType::ImageLayer => diff_ids.push(layer.digest()),
-            MediaType::ImageLayerGzip | MediaType::ImageLayerZstd => {
-                bail!("--layer {}=…: give the tar uncompressed, as {}", layer.media_type, MediaType::ImageLayer)
-            }
-            _ => {}
-        }
-    }
+    let tars = layers.iter().filter(|layer| is_tar(&layer.media_type));
+    let diff_ids = tars.map(diff_id).collect::<Result<_>>()?;
     let digests: String = layers.iter().map(|layer| sha256(&layer.content)).collect();
     let labels = [(LABEL_LAYERS.to_owned(), sha256(digests.as_bytes()))];
     let process = ConfigBuilder::default().labels(HashMap::from(labels));
@@ -185,6 +177,16 @@ fn image_config(
         .build()?)
 }
 
+/// The digest of a layer's tar, which an image config lists.
+fn diff_id(layer: &Blob) -> Result<String> {
+    if layer.media_type != MediaType::ImageLayer {
+        bail!("--layer {}=…: give the tar uncompressed, as {}", layer.media_type, MediaType::ImageLayer);
+    }
+    Ok(layer.digest())
+}
+
+/// Whether containerd would unpack it into a root filesystem.
 fn is_tar(media_type: &MediaType) -> bool {
-    matches!(media_type, MediaType::ImageLayer | MediaType::ImageLayerGzip | MediaType::ImageLayerZstd)
+    let text = media_type.to_string();
+    text.starts_with("application/vnd.oci.image.layer.") || text.starts_with("application/vnd.docker.image.rootfs.")
 }

@@ -298,6 +298,10 @@ fn mistakes_are_named() {
         (vec![module, "--layer=wasm=@two.wasm"], "`wasm` is no media type"),
         (vec![module, "--layer=application/wasm=@data.txt"], "data.txt: is not a WebAssembly"),
         (vec![module, "--layer=application/vnd.oci.image.layer.v1.tar+gzip=@data.txt"], "give the tar uncompressed"),
+        (
+            vec![module, "--layer=application/vnd.docker.image.rootfs.diff.tar.gzip=@data.txt"],
+            "give the tar uncompressed",
+        ),
         (vec!["--layer=application/x=@data.txt"], "there is no wasm"),
         (vec!["--layer=application/x=@data.txt", "--as-artifact"], "begins with its entrypoint"),
         (

@@ -61,7 +61,9 @@ fn foreign(bytes: &[u8]) -> &'static str {
     }
     match bytes.trim_ascii_start() {
         [] => "is empty; expected a WebAssembly module or component",
-        [b'(', ..] | [b';', b';', ..] => "is WebAssembly text; convert it with `wat2wasm` or `wasm-tools parse`",
+        [b'(', ..] | [b';', b';', ..] => {
+            "is WebAssembly text; convert it with `wat2wasm` or `wasm-tools parse`, or pack it by --rootfs and --file"
+        }
         [0x7f, b'E', b'L', b'F', ..] => "is a Linux program (ELF); build it for wasm32-wasip1 or wasm32-wasip2",
         _ => "is not a WebAssembly module or component: these start with the bytes 00 61 73 6d",
     }
