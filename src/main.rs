@@ -18,6 +18,7 @@ mod cleanup;
 mod connections;
 mod events;
 mod group;
+mod image;
 mod info;
 mod launch;
 mod logging;

@@ -26,6 +26,7 @@ use troupe_actors::{Drain, Events, Settings, Supervisor};
 
 use crate::connections::Connections;
 use crate::events::{self, Undelivered};
+use crate::image::ContainerdImages;
 use crate::launch::{Ready, ServeArgs, ServeParams};
 use crate::logging::{self, Sinks};
 use crate::metrics;
@@ -83,6 +84,7 @@ async fn run(listener: UnixListener, ready: Ready, args: ServeArgs, log: Sinks, 
             signal
         }
     };
+    daemon.images.close();
     daemon.stage.programs.close().await;
     daemon.flush_events().await;
     drop(daemon.server.shutdown().await);
@@ -94,6 +96,7 @@ struct Daemon {
     server: Server,
     supervisor: Addr<Supervisor>,
     stage: Arc<Stage>,
+    images: Arc<ContainerdImages>,
     /// Containers, connections, events that containerd has not taken.
     containers: watch::Receiver<usize>,
     connections: watch::Receiver<usize>,
@@ -115,10 +118,12 @@ impl Daemon {
         actix::spawn(events::publish(args.ttrpc_address.clone(), told, pending));
         let (supervisor, containers) = Supervisor::new(Arc::clone(&stage), events);
         let supervisor = supervisor.start();
+        let images = Arc::new(ContainerdImages::new(&args.containerd_address));
         let service = TaskService {
             supervisor: supervisor.clone(),
             namespace: args.namespace.clone(),
             settings: Arc::new(settings.clone()),
+            images: images.clone(),
             log,
             cgroup_v2: metrics::host_has_cgroup_v2(),
         };
@@ -133,6 +138,7 @@ impl Daemon {
             server,
             supervisor,
             stage,
+            images,
             containers,
             connections,
             undelivered,

@@ -21,8 +21,8 @@ use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use containerd_shim_protos::ttrpc::{self, Result};
 use tokio::sync::oneshot;
 use troupe_actors::{
-    Blueprint, ContainerId, Create, Delete, Error, Find, Handle, Kill, Mount, Phase, Settings, Start, StdioPaths,
-    Supervisor,
+    Blueprint, ContainerId, Create, Delete, Error, Find, Handle, Images, Kill, Mount, Phase, Settings, Start,
+    StdioPaths, Supervisor,
 };
 
 use crate::events::timestamp;
@@ -40,6 +40,7 @@ pub struct TaskService {
     /// Namespace of a call that names none.
     pub namespace: String,
     pub settings: Arc<Settings>,
+    pub images: Arc<dyn Images>,
     pub log: Sinks,
     pub cgroup_v2: bool,
 }
@@ -53,6 +54,26 @@ impl TaskService {
     async fn find(&self, ctx: &TtrpcContext, id: &str, exec_id: &str) -> Result<Handle> {
         no_exec(exec_id)?;
         self.ask(Find(self.id(ctx, id))).await
+    }
+
+    fn blueprint(&self, request: &CreateTaskRequest) -> Blueprint {
+        let mount = |mount: &containerd_shim_protos::api::Mount| Mount {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            options: mount.options.clone(),
+        };
+        Blueprint {
+            bundle: request.bundle.clone().into(),
+            rootfs: request.rootfs.iter().map(mount).collect(),
+            stdio: StdioPaths {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+            },
+            settings: Arc::clone(&self.settings),
+            images: Arc::clone(&self.images),
+        }
     }
 
     async fn ask<M, T>(&self, message: M) -> Result<T>
@@ -74,7 +95,7 @@ impl Task for TaskService {
         let bundle = Path::new(&request.bundle);
         self.log.attach(bundle);
         let id = self.id(ctx, &request.id);
-        let created = self.ask(Create { id, blueprint: blueprint(&request, Arc::clone(&self.settings)) }).await;
+        let created = self.ask(Create { id, blueprint: self.blueprint(&request) }).await;
         if created.is_err() {
             self.log.detach(bundle);
         }
@@ -200,24 +221,5 @@ fn no_exec(exec_id: &str) -> Result<()> {
     match exec_id {
         "" => Ok(()),
         other => Err(ttrpc::error::get_rpc_status(ttrpc::Code::NOT_FOUND, format!("exec {other}: not found"))),
-    }
-}
-
-fn blueprint(request: &CreateTaskRequest, settings: Arc<Settings>) -> Blueprint {
-    let mount = |mount: &containerd_shim_protos::api::Mount| Mount {
-        kind: mount.type_.clone(),
-        source: mount.source.clone(),
-        options: mount.options.clone(),
-    };
-    Blueprint {
-        bundle: request.bundle.clone().into(),
-        rootfs: request.rootfs.iter().map(mount).collect(),
-        stdio: StdioPaths {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        },
-        settings,
     }
 }

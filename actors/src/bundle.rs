@@ -6,12 +6,15 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Process, Root, Spec};
 
 use crate::error::{Error, Result};
 
 /// A config.json larger than this is refused; 10,000 arguments of 100 bytes fit four times.
 const MAX_CONFIG: u64 = 4 << 20;
+
+/// Where containerd leaves room for the root filesystem in a bundle.
+const ROOTFS: &str = "rootfs";
 
 /// The part of a container's spec that matters to us.
 #[derive(Debug, Clone)]
@@ -22,7 +25,7 @@ pub struct Bundle {
     pub root: PathBuf,
     /// The spec asks for a read-only root.
     pub readonly: bool,
-    /// Arguments; the first names the program and is passed to it as `argv[0]`.
+    /// Arguments; the first names the program and is passed to it as `argv[0]`. Without any, the image's only module runs.
     pub args: Vec<String>,
     /// Environment, in the order of the spec.
     pub env: Vec<(String, String)>,
@@ -83,13 +86,17 @@ impl Bundle {
         })
     }
 
+    /// Whether there is a root filesystem where the spec says. The empty folder that containerd makes in every bundle is
+    /// none; one that is missing elsewhere is a mistake to be told, not none. Blocks.
+    pub fn has_root(&self) -> bool {
+        let is_usual = self.root == self.path.join(ROOTFS);
+        !is_usual || std::fs::read_dir(&self.root).is_ok_and(|mut entries| entries.next().is_some())
+    }
+
     fn from_spec(path: &Path, spec: &Spec) -> Result<Self> {
         let process = spec.process().as_ref().ok_or_else(|| Error::invalid("process: missing"))?;
-        let root = spec.root().as_ref().ok_or_else(|| Error::invalid("root: missing"))?;
-        let args = process.args().clone().unwrap_or_default();
-        if args.first().is_none_or(String::is_empty) {
-            return Err(Error::invalid("process.args: empty; the first argument names the wasm file in the image"));
-        }
+        // A client whose image has no root filesystem may leave it out.
+        let root = spec.root().as_ref();
         if process.terminal() == Some(true) {
             return Err(Error::Unsupported(
                 "process.terminal: a terminal is not supported yet; run without -t/--tty".into(),
@@ -105,9 +112,9 @@ impl Bundle {
         }
         Ok(Self {
             path: path.to_owned(),
-            root: path.join(root.path()),
-            readonly: root.readonly().unwrap_or(false),
-            args,
+            root: path.join(root.map_or(Path::new(ROOTFS), |root| root.path())),
+            readonly: root.and_then(Root::readonly).unwrap_or(false),
+            args: process.args().clone().unwrap_or_default(),
             env: environment(process)?,
             cwd: process.cwd().clone(),
             hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
@@ -183,6 +190,26 @@ fn memory_limit(spec: &Spec) -> Option<u64> {
 }
 
 #[cfg(test)]
+impl Bundle {
+    /// Of a container that asks for nothing.
+    pub fn for_tests() -> Self {
+        Self {
+            path: "/".into(),
+            root: "/".into(),
+            readonly: false,
+            args: Vec::new(),
+            env: Vec::new(),
+            cwd: "/".into(),
+            hostname: None,
+            namespaces: Namespaces::default(),
+            memory_limit: None,
+            annotations: HashMap::new(),
+            hosts: None,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -202,6 +229,20 @@ mod tests {
         assert!(!bundle.readonly);
         assert_eq!(bundle.namespaces, Namespaces::default());
         assert_eq!(bundle.memory_limit, None);
+    }
+
+    #[test]
+    fn neither_a_root_nor_arguments_are_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = r#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"cwd":"/"}}"#;
+        std::fs::write(dir.path().join("config.json"), spec).unwrap();
+        let bundle = Bundle::load(dir.path()).unwrap();
+        assert!(bundle.args.is_empty() && !bundle.has_root());
+        std::fs::create_dir(dir.path().join("rootfs")).unwrap();
+        assert!(!bundle.has_root());
+        std::fs::write(dir.path().join("rootfs/a.wasm"), "").unwrap();
+        assert!(bundle.has_root());
+        assert!(Bundle { root: "/nonexistent".into(), ..bundle }.has_root());
     }
 
     #[test]
@@ -239,7 +280,6 @@ mod tests {
         for (json, words) in [
             ("{", "EOF"),
             (r#"{"ociVersion":"1.0.2"}"#, "process: missing"),
-            (r#"{"ociVersion":"1.0.2","root":{"path":"r"},"process":{"user":{"uid":0,"gid":0},"cwd":"/"}}"#, "empty"),
             (
                 r#"{"ociVersion":"1.0.2","root":{"path":"r"},"process":{"user":{"uid":0,"gid":0},"cwd":"/","args":["a"],"env":["X"]}}"#,
                 "NAME=value",

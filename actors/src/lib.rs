@@ -13,7 +13,7 @@
 //! ```
 //!
 //! Reading order: `supervisor` (the verbs), `container` (one life), `http` (servers), `guest` (wasm), `outgoing` (requests
-//! of guests), `pod` (namespaces and sockets); the leaves `bundle`, `mounts`, `stdio`, `signals`, `event`, `error`,
+//! of guests), `pod` (namespaces and sockets); the leaves `bundle`, `image`, `mounts`, `stdio`, `signals`, `event`, `error`,
 //! `config`, `units` as they come up. A module names only what stands after it in that list.
 
 mod bundle;
@@ -24,6 +24,7 @@ mod event;
 pub mod guest;
 mod http;
 mod id;
+mod image;
 mod mounts;
 mod outgoing;
 mod pod;
@@ -38,6 +39,7 @@ pub use error::{Error, Result};
 pub use event::{Event, EventKind, Events};
 pub use http::HttpSettings;
 pub use id::ContainerId;
+pub use image::{ImageModule, Images, Wanted, absolute};
 pub use mounts::{Mount, isolate};
 pub use stdio::StdioPaths;
 pub use supervisor::{Create, Delete, Drain, Drained, Find, Kill, List, Start, Supervisor};

@@ -4,6 +4,7 @@
 //! what it comes to returns as a message. Status goes out through a `watch`: `State` and `Wait` read the [`Handle`] and
 //! never enter a mailbox.
 
+mod entrypoint;
 mod messages;
 mod prepare;
 mod program;

@@ -14,6 +14,7 @@ use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::guest::{Budget, CpuTime, Entry, Environment, LoadError, Program, Run, Stage};
 use crate::http::{self, HttpSettings};
+use crate::image::Images;
 use crate::mounts::{Mount, RootFs};
 use crate::outgoing::ClientSettings;
 use crate::pod::Anchor;
@@ -23,10 +24,13 @@ use crate::stdio::{Keeper, Stdio, StdioPaths};
 #[derive(Debug, Clone)]
 pub struct Blueprint {
     pub bundle: PathBuf,
+    /// None when the image has no root filesystem.
     pub rootfs: Vec<Mount>,
     pub stdio: StdioPaths,
     /// Of the process: how large a file may be, how servers behave.
     pub settings: Arc<Settings>,
+    /// Asked when the root filesystem does not hold the program.
+    pub images: Arc<dyn Images>,
 }
 
 /// A container that lacks nothing but its start.
@@ -42,10 +46,19 @@ pub struct Prepared {
 #[derive(Debug)]
 pub struct Held {
     pub anchor: Anchor,
-    pub rootfs: RootFs,
+    /// None without a root filesystem, or when the program cannot see it.
+    pub rootfs: Option<RootFs>,
 }
 
 impl Held {
+    /// Lets go of the root filesystem alone.
+    async fn unmount(&mut self) {
+        let rootfs = self.rootfs.take();
+        if tokio::task::spawn_blocking(move || drop(rootfs)).await.is_err() {
+            tracing::error!("releasing a root filesystem panicked");
+        }
+    }
+
     /// Lets go on a blocking thread; done when everything is gone.
     pub async fn release(self) {
         if tokio::task::spawn_blocking(move || drop(self)).await.is_err() {
@@ -60,13 +73,14 @@ impl Held {
 /// With the file and the cause; nothing is left behind.
 pub async fn prepare(id: ContainerId, blueprint: Blueprint, stage: &Stage, http: &http::Common) -> Result<Prepared> {
     let settings = Arc::clone(&blueprint.settings);
-    let (bundle, source, stdio, held) = tokio::task::spawn_blocking(move || on_the_host(&blueprint))
+    let name = id.clone();
+    let (bundle, source, stdio, mut held) = tokio::task::spawn_blocking(move || on_the_host(&name, &blueprint))
         .await
         .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
     let stdin = stdio.stdin_keeper();
     let (budget, cpu) = (Budget::new(bundle.memory_limit), Arc::<CpuTime>::default());
     let parts = Parts { id, bundle, stdio, budget: Arc::clone(&budget), cpu: Arc::clone(&cpu) };
-    match parts.work(source, &settings.http, &held, stage, http).await {
+    match parts.work(source, &settings.http, &mut held, stage, http).await {
         Ok(work) => Ok(Prepared { work, stdin, budget, cpu, held }),
         Err(error) => {
             held.release().await;
@@ -89,7 +103,7 @@ impl Parts {
         self,
         source: program::Source,
         options: &BTreeMap<String, String>,
-        held: &Held,
+        held: &mut Held,
         stage: &Stage,
         http: &http::Common,
     ) -> Result<Work> {
@@ -98,6 +112,10 @@ impl Parts {
         let bounds = settings.as_ref().map(|settings| settings.bounds_checks).unwrap_or_default();
         let refused = |error: LoadError| Error::Program(error.to_string());
         let program = stage.programs.load(&source.name, source.wasm, bounds).await.map_err(refused)?;
+        // What is mounted then is but the empty root that containerd makes for such an image.
+        if source.is_layer && !program.uses_files() {
+            held.unmount().await;
+        }
         let entry = program.entry(source.export.as_deref()).map_err(|e| refused(e.about(&source.name)))?;
         match entry {
             Entry::Serve => self.server(program, settings.map_err(Error::Invalid)?, held, http).await,
@@ -143,17 +161,24 @@ fn environment(bundle: &Bundle, held: &Held, shows: impl Fn(&str) -> bool) -> En
         args: bundle.args.clone(),
         env: bundle.env.iter().filter(|(name, _)| shows(name)).cloned().collect(),
         cwd: bundle.cwd.to_string_lossy().into_owned(),
-        root: Some(held.rootfs.path().to_owned()),
+        root: held.rootfs.as_ref().map(|rootfs| rootfs.path().to_owned()),
         readonly: bundle.readonly,
     }
 }
 
 /// The blocking half, cheap refusals first.
-fn on_the_host(blueprint: &Blueprint) -> Result<(Bundle, program::Source, Stdio, Held)> {
-    let bundle = Bundle::load(&blueprint.bundle)?;
+fn on_the_host(id: &ContainerId, blueprint: &Blueprint) -> Result<(Bundle, program::Source, Stdio, Held)> {
+    let mut bundle = Bundle::load(&blueprint.bundle)?;
     let stdio = Stdio::open(&blueprint.stdio)?;
-    let rootfs = RootFs::mount(&bundle.path, &bundle.root, &blueprint.rootfs, bundle.readonly)?;
-    let source = program::read(&bundle, rootfs.path(), blueprint.settings.max_module_size)?;
+    let has_root = !blueprint.rootfs.is_empty() || bundle.has_root();
+    let mount = || RootFs::mount(&bundle.path, &bundle.root, &blueprint.rootfs, bundle.readonly);
+    let rootfs = has_root.then(mount).transpose()?;
+    let root = rootfs.as_ref().map(RootFs::path);
+    let source = program::find(id, &bundle, root, &*blueprint.images, blueprint.settings.max_module_size)?;
+    if bundle.args.is_empty() {
+        // No program expects to be without a name.
+        bundle.args.push(source.name.clone());
+    }
     let anchor = Anchor::start(&bundle.namespaces, bundle.hostname.as_deref())?;
     Ok((bundle, source, stdio, Held { anchor, rootfs }))
 }

@@ -1,16 +1,26 @@
-//! Finding the program of a container in its root filesystem.
+//! Finding the program of a container.
+//!
+//! ```text
+//!   entrypoint ─▶ a file of the root filesystem ─▶ (not there) a layer of the image, through `Images`
+//! ```
+//! The root filesystem comes first because it is at hand and most images have one: a file that is there costs no question
+//! to containerd. Images of wasm layers arrive without one, or, where containerd has unpacked their layers into nothing,
+//! with an empty one.
 
 use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
 
+use super::entrypoint::Entrypoint;
+use crate::ContainerId;
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
+use crate::image::Images;
 
-/// Used when the container's environment has no `PATH`.
-const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin:/";
+/// Entries of `/` that are looked at when the entrypoint names no file.
+const MAX_ENTRIES: usize = 10_000;
 
 /// A wasm file, read.
 #[derive(Debug)]
@@ -21,42 +31,94 @@ pub struct Source {
     pub export: Option<String>,
     /// The file.
     pub wasm: Vec<u8>,
+    /// It is no file of the root filesystem.
+    pub is_layer: bool,
 }
 
-/// Reads the file that the first argument names: a path in the root filesystem (relative ones from the working
-/// directory), or a bare name looked up in `PATH`. Links are followed inside the root only. Blocks.
+/// Reads the module that the first argument names, or the only one when it names none: from the root filesystem, if the
+/// container has one and it is there, else from the image's layers. Blocks.
 ///
 /// # Errors
-/// `Program`, naming the argument and the cause.
-pub fn read(bundle: &Bundle, rootfs: &Path, max_size: u64) -> Result<Source> {
-    let entrypoint = &bundle.args[0];
-    let (name, export) = match entrypoint.split_once('#') {
-        Some((name, export)) if !name.is_empty() && !export.is_empty() => (name, Some(export.to_owned())),
-        Some(_) => return Err(refuse(entrypoint, "neither side of the # may be empty in file.wasm#export")),
-        None => (entrypoint.as_str(), None),
+/// `Program`, naming the argument and the cause; `Host` when the image cannot be asked for.
+pub fn find(
+    id: &ContainerId,
+    bundle: &Bundle,
+    rootfs: Option<&Path>,
+    images: &dyn Images,
+    max_size: u64,
+) -> Result<Source> {
+    let entrypoint = Entrypoint::of(bundle)?;
+    if let Some((name, wasm)) = rootfs.map_or(Ok(None), |rootfs| in_rootfs(rootfs, &entrypoint, max_size))? {
+        return Ok(Source { name, export: entrypoint.export, wasm, is_layer: false });
+    }
+    let wanted = entrypoint.wanted(max_size);
+    match images.module(id, &wanted) {
+        Ok(Some(module)) => {
+            Ok(Source { name: module.name, export: entrypoint.export, wasm: module.wasm, is_layer: true })
+        }
+        Ok(None) => Err(missing(&entrypoint, rootfs.is_some())),
+        // Most likely an ordinary image, in which the file is simply missing.
+        Err(Error::Host { what, source }) => {
+            let missing = missing(&entrypoint, rootfs.is_some());
+            Err(Error::host(format!("{missing}; its layers cannot be looked at: {what}"), source))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn missing(entrypoint: &Entrypoint, has_root: bool) -> Error {
+    let why = match (entrypoint.paths.is_empty(), has_root) {
+        (false, true) => "no such file in the image's root filesystem; the first argument names the wasm file to run",
+        (true, true) => "names no file, and the image has no module: neither a wasm file in / nor a wasm layer",
+        (_, false) => "the container has no root filesystem, and its image no wasm layer",
     };
+    refuse(&label(&entrypoint.name), why)
+}
+
+/// Nothing is hard to see in a message.
+fn label(name: &str) -> String {
+    if name.is_empty() { "the entrypoint \"\"".to_owned() } else { name.to_owned() }
+}
+
+/// The file and its name, if it is there. Links are followed inside the root only.
+fn in_rootfs(rootfs: &Path, entrypoint: &Entrypoint, max_size: u64) -> Result<Option<(String, Vec<u8>)>> {
     let root = open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| Error::path("open", rootfs, e))?;
-    for candidate in candidates(name, bundle) {
-        match open_in(&root, &candidate) {
-            Ok(file) => return Ok(Source { name: name.to_owned(), export, wasm: read_file(name, file, max_size)? }),
+    let only = if entrypoint.paths.is_empty() { only_file(rootfs, &entrypoint.name)? } else { None };
+    let (name, paths) = match &only {
+        Some(name) => (name, &[Path::new("/").join(name)][..]),
+        None => (&entrypoint.name, &entrypoint.paths[..]),
+    };
+    for candidate in paths {
+        match open_in(&root, candidate) {
+            Ok(file) => return Ok(Some((name.clone(), read_file(name, file, max_size)?))),
             Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => {}
             Err(rustix::io::Errno::LOOP) => return Err(refuse(name, "too many levels of symbolic links")),
             Err(error) => return Err(refuse(name, &std::io::Error::from(error).to_string())),
         }
     }
-    Err(refuse(name, "no such file in the image's root filesystem; the first argument names the wasm file to run"))
+    Ok(None)
 }
 
-fn candidates(name: &str, bundle: &Bundle) -> Vec<PathBuf> {
-    let mut found = vec![bundle.cwd.join(name)];
-    if !name.contains('/') {
-        let path = bundle.env.iter().find(|(key, _)| key == "PATH").map_or(DEFAULT_PATH, |(_, value)| value);
-        found.extend(
-            path.split(':').chain(["/"]).filter(|dir| dir.starts_with('/')).map(|dir| Path::new(dir).join(name)),
-        );
+/// The only module among the files of `/`.
+fn only_file(rootfs: &Path, name: &str) -> Result<Option<String>> {
+    let entries = std::fs::read_dir(rootfs).map_err(|e| Error::path("read", rootfs, e))?;
+    let files = entries.take(MAX_ENTRIES).flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
+    let mut names: Vec<String> = files
+        .filter_map(|file| file.file_name().into_string().ok())
+        .filter(|name| Path::new(name).extension().is_some_and(|kind| kind == "wasm" || kind == "wat"))
+        .collect();
+    match names.len() {
+        0 => Ok(None),
+        1 => Ok(names.pop()),
+        count => {
+            names.sort();
+            names.truncate(20);
+            let names = names.join(", ");
+            let why = format!("names no file, and the image has {count} modules in /: {names}; name one of them");
+            Err(refuse(&label(name), &why))
+        }
     }
-    found
 }
 
 fn open_in(root: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
@@ -88,21 +150,35 @@ fn refuse(name: &str, why: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::{ImageModule, Wanted};
 
     fn bundle(arg: &str, path: &str) -> Bundle {
         Bundle {
-            path: "/".into(),
-            root: "/".into(),
-            readonly: false,
             args: vec![arg.into()],
             env: vec![("PATH".into(), path.into())],
             cwd: "/work".into(),
-            hostname: None,
-            namespaces: Default::default(),
-            memory_limit: None,
-            annotations: Default::default(),
-            hosts: None,
+            ..Bundle::for_tests()
         }
+    }
+
+    /// An image whose only layer has this text, or one that cannot be asked for.
+    #[derive(Debug)]
+    struct Layer(Option<&'static str>);
+
+    impl Images for Layer {
+        fn module(&self, _: &ContainerId, wanted: &Wanted) -> Result<Option<ImageModule>> {
+            let text = self.0.ok_or_else(|| Error::host("connect", std::io::Error::other("refused")))?;
+            Ok((!text.is_empty()).then(|| ImageModule { name: wanted.name.clone(), wasm: text.into() }))
+        }
+    }
+
+    fn find_in(rootfs: Option<&Path>, bundle: &Bundle, layer: Option<&'static str>, max_size: u64) -> Result<Source> {
+        find(&ContainerId::new("ns", "c"), bundle, rootfs, &Layer(layer), max_size)
+    }
+
+    /// In a root filesystem; asking for layers would fail.
+    fn read(bundle: &Bundle, rootfs: &Path, max_size: u64) -> Result<Source> {
+        find_in(Some(rootfs), bundle, None, max_size)
     }
 
     fn root() -> tempfile::TempDir {
@@ -156,11 +232,46 @@ mod tests {
             ("/fifo", "not a regular file"),
             ("/work", "is a directory"),
             ("/none.wasm", "no such file"),
-            ("/a.wasm#", "file.wasm#export"),
+            ("/a.wasm#", "file.wasm#function"),
             ("/a.wasm", "max_module_size"),
         ] {
             let error = read(&bundle(arg, ""), root.path(), 3).unwrap_err().to_string();
             assert!(error.starts_with(arg) && error.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_the_only_module_in_the_root() {
+        let root = root();
+        for argument in ["/", "", "#run"] {
+            assert_eq!(read(&bundle(argument, ""), root.path(), 100).unwrap().wasm, b"root");
+        }
+        std::fs::write(root.path().join("b.wat"), "(module)").unwrap();
+        let error = read(&bundle("/", ""), root.path(), 100).unwrap_err().to_string();
+        assert!(error.starts_with("/: ") && error.contains("2 modules in /: a.wasm, b.wat"), "{error}");
+    }
+
+    #[test]
+    fn layers_are_asked_for_what_is_not_in_the_root() {
+        let root = root();
+        let source = find_in(Some(root.path()), &bundle("/layer.wasm#run", ""), Some("layer"), 100).unwrap();
+        assert!(source.is_layer && source.wasm == b"layer" && source.export.as_deref() == Some("run"));
+        assert!(find_in(None, &bundle("/a.wasm", ""), Some("layer"), 100).unwrap().is_layer);
+        // The file is there: nobody is asked, so nobody can fail.
+        assert!(!find_in(Some(root.path()), &bundle("/a.wasm", ""), None, 100).unwrap().is_layer);
+        for (rootfs, argument, layer, words) in [
+            (Some(root.path()), "/none.wasm", Some(""), "/none.wasm: no such file in the image's root filesystem"),
+            (
+                Some(root.path()),
+                "/none.wasm",
+                None,
+                "root filesystem; the first argument names the wasm file to run; its layers cannot be looked at: connect: refused",
+            ),
+            (None, "/a.wasm", Some(""), "no root filesystem, and its image no wasm layer"),
+            (None, "", Some(""), "the entrypoint \"\": the container has no root"),
+        ] {
+            let error = find_in(rootfs, &bundle(argument, ""), layer, 100).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
         }
     }
 }

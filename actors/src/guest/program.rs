@@ -74,6 +74,19 @@ impl Program {
         }
     }
 
+    /// Whether it, or what is done on its behalf (certificates and hosts of requests), can look into a root filesystem.
+    pub fn uses_files(&self) -> bool {
+        let component = |component: &component::Component| {
+            let ty = component.component_type();
+            ty.imports(component.engine()).any(|(name, _)| is_of_files(name))
+        };
+        match self {
+            Self::Module(pre) => pre.module().imports().any(|import| is_of_files(import.name())),
+            Self::Component { pre, .. } => component(pre.component()),
+            Self::Server(server) => component(server.component()),
+        }
+    }
+
     fn link_module(module: &Module) -> Result<Self, LoadError> {
         let mut linker = Linker::new(module.engine());
         let linked = p1::add_to_linker_async(&mut linker, |guest: &mut Guest| guest.wasi()).and_then(|()| {
@@ -108,6 +121,13 @@ impl Program {
         let command = CommandPre::new(pre.clone()).ok().map(Command::P2).or_else(p3);
         Ok(Self::Component { pre, command })
     }
+}
+
+/// An import that leads to files: without paths and preopened folders a preview-1 module has none.
+fn is_of_files(import: &str) -> bool {
+    ["path_", "fd_prestat", "wasi:filesystem/", "wasi:http/outgoing", "wasi:http/client", "wasi:http/handler"]
+        .iter()
+        .any(|start| import.starts_with(start))
 }
 
 /// The bug of ours that a test asks for.

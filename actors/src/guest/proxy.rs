@@ -52,6 +52,10 @@ impl Server {
         self.kind
     }
 
+    pub(super) fn component(&self) -> &Component {
+        self.ready.component()
+    }
+
     /// What is safe to use now.
     pub(super) fn ready(&self) -> &Ready {
         if !matches!(self.kind, Kind::Http(_)) || Watch::get().is_resident() {
