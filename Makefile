@@ -14,15 +14,15 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEST := cargo test --workspace --features test-hooks
 
 .DEFAULT_GOAL := help
-.PHONY: help build check test bench demo install uninstall guests clean packages containerds
+.PHONY: help build check test bench demo install uninstall guests clean packages containerds protoc
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: ## Build the shim and the image builder for use (release profile)
+build: protoc ## Build the shim and the image builder for use (release profile)
 	cargo build --release --bins
 
-check: ## Formatting, lints, documentation and licences; warnings are errors
+check: protoc ## Formatting, lints, documentation and licences; warnings are errors
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features test-hooks -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
@@ -41,7 +41,7 @@ bench: packages containerds guests ## Measure speed and memory; figures on stand
 demo: ## Run a guest under a private containerd and show its logs
 	examples/demo.sh
 
-install: ## Install the shim below PREFIX (default /usr/local), print what containerd needs
+install: protoc ## Install the shim below PREFIX (default /usr/local), print what containerd needs
 	cargo build --release --bin $(SHIM)
 	install -D -m 0755 "$(TARGET)/release/$(SHIM)" "$(DESTDIR)$(PREFIX)/bin/$(SHIM)"
 	ln -sf $(SHIM) "$(DESTDIR)$(PREFIX)/bin/$(ALIAS)"
@@ -56,7 +56,7 @@ guests: ## Build the wasm programs of tests, demo and benches
 clean: ## Remove the build (the caches in TROUPE_CACHE stay)
 	cargo clean
 
-packages:
+packages: protoc
 	@.ci/packages curl:'a client of the http servers' wrk:'their load in the benches' \
 	  runc:'native containers beside the wasm ones' busybox-static:'what the native ones run' \
 	  skopeo:'reads the images that are packed' umoci:'reads them, too' \
@@ -64,3 +64,7 @@ packages:
 
 containerds:
 	tests/containerds.sh "$(TROUPE_CACHE)/containerds"
+
+# The messages of containerd's API are compiled by it.
+protoc:
+	@[ -n "$$PROTOC" ] || command -v protoc >/dev/null || .ci/packages protobuf-compiler:'the build compiles the messages of containerd'

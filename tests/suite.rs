@@ -29,6 +29,8 @@ mod suite {
     pub mod http_serve;
     pub mod http_shared;
     pub mod http_swap;
+    pub mod images;
+    pub mod images_hostile;
     pub mod load;
     pub mod neighbours;
     pub mod packing;
@@ -70,6 +72,8 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_outgoing", suite::http_outgoing::CASES),
     ("http_hostile", suite::http_hostile::CASES),
     ("http_isolation", suite::http_isolation::CASES),
+    ("images", suite::images::CASES),
+    ("images_hostile", suite::images_hostile::CASES),
     ("packing", suite::packing::CASES),
     ("http_shared", suite::http_shared::CASES),
 ];
@@ -81,6 +85,7 @@ const ON_NEWEST: &[(&str, Cases)] = &[
 ];
 const BARE: &[(&str, BareCases)] = &[
     ("api", suite::api::CASES),
+    ("images_hostile", suite::images_hostile::BARE),
     ("load", suite::load::BARE),
     ("recovery", suite::recovery::BARE),
     ("shutdown", suite::shutdown::BARE),

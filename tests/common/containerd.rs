@@ -216,7 +216,7 @@ impl Containerd {
         Ok(())
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.folder.join("c.sock")
     }
 

@@ -318,6 +318,11 @@ impl Container<'_> {
     /// Removes the stopped task and the container.
     pub fn delete(self) -> Result<()> {
         job::run(self.task(&["delete"]), SOON)?.success("ctr task delete")?;
+        self.delete_record()
+    }
+
+    /// Removes a container that has no task.
+    pub fn delete_record(self) -> Result<()> {
         job::run(self.client.command(&["containers", "delete", &self.id]), SOON)?.success("ctr containers delete")?;
         Ok(())
     }

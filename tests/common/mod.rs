@@ -3,12 +3,14 @@
 //! ```text
 //! suite ── containerd (private, one a version) ── ctr (one namespace of it) ── image, guests
 //!       │                                         └─ site (a container that serves) ── http (its clients)
+//!       ├─ api (containerd's own, for what `ctr` cannot make)
 //!       └─ shim (the bare binary: bundles, ttrpc, recorded events)
 //!                          both ── job (a child process, its output), wait (deadlines), proc (what /proc says)
 //! ```
 //! Invariant: everything awaited has a deadline and a name that the failure shows; everything started is ended, by this
 //! process or, should it be killed, by its guard.
 
+pub mod api;
 pub mod base;
 pub mod containerd;
 pub mod ctr;

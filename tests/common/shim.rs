@@ -240,13 +240,18 @@ pub fn address(done: &Done) -> Result<String> {
 
 /// What containerd writes to `start`'s stdin: an `Any` of `runtimeoptions.v1.Options` with a `config_body`.
 pub fn runtime_options(body: &str) -> Result<Vec<u8>> {
+    let type_url = "runtimeoptions.v1.Options".to_owned();
+    Ok(Any { type_url, value: runtime_options_value(body)?, ..Default::default() }.write_to_bytes()?)
+}
+
+/// The message in it.
+pub fn runtime_options_value(body: &str) -> Result<Vec<u8>> {
     let mut value = Vec::new();
     let mut output = CodedOutputStream::vec(&mut value);
     output.write_string(3, body)?;
     output.flush()?;
     drop(output);
-    let type_url = "runtimeoptions.v1.Options".to_owned();
-    Ok(Any { type_url, value, ..Default::default() }.write_to_bytes()?)
+    Ok(value)
 }
 
 /// The least that a container needs to say.
