@@ -34,6 +34,7 @@ mod suite {
     pub mod load;
     pub mod neighbours;
     pub mod packing;
+    pub mod readme;
     pub mod recovery;
     pub mod restart;
     pub mod shutdown;
@@ -75,6 +76,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("images", suite::images::CASES),
     ("images_hostile", suite::images_hostile::CASES),
     ("packing", suite::packing::CASES),
+    ("readme", suite::readme::CASES),
     ("http_shared", suite::http_shared::CASES),
 ];
 /// On the newest only: they are about the guest or the machine, and take long.
