@@ -30,6 +30,7 @@ mod suite {
     pub mod http_shared;
     pub mod http_swap;
     pub mod images;
+    pub mod images_absent;
     pub mod images_hostile;
     pub mod load;
     pub mod neighbours;
@@ -74,6 +75,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_hostile", suite::http_hostile::CASES),
     ("http_isolation", suite::http_isolation::CASES),
     ("images", suite::images::CASES),
+    ("images_absent", suite::images_absent::CASES),
     ("images_hostile", suite::images_hostile::CASES),
     ("packing", suite::packing::CASES),
     ("readme", suite::readme::CASES),
@@ -87,7 +89,7 @@ const ON_NEWEST: &[(&str, Cases)] = &[
 ];
 const BARE: &[(&str, BareCases)] = &[
     ("api", suite::api::CASES),
-    ("images_hostile", suite::images_hostile::BARE),
+    ("images_absent", suite::images_absent::BARE),
     ("load", suite::load::BARE),
     ("recovery", suite::recovery::BARE),
     ("shutdown", suite::shutdown::BARE),

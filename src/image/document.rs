@@ -112,7 +112,7 @@ impl Platform {
     pub fn rank(&self) -> Option<u8> {
         match (self.os.as_str(), self.architecture.as_str()) {
             ("linux", architecture) if architecture == host_architecture() => Some(0),
-            ("wasi" | "wasip1" | "wasip2" | "wasip3" | "js" | "linux", "wasm" | "wasm32") => Some(1),
+            ("wasi" | "wasip1" | "wasip2" | "wasip3", "wasm" | "wasm32") => Some(1),
             // A config of a tool that does not say.
             ("", "") => Some(2),
             _ => None,
@@ -208,6 +208,8 @@ mod tests {
         assert_eq!(rank("", ""), Some(2));
         assert_eq!(rank("windows", host_architecture()), None);
         assert_eq!(rank("unknown", "unknown"), None);
+        // Wants a browser.
+        assert_eq!(rank("js", "wasm"), None);
         assert_eq!(rank("linux", "s390x"), None);
         let artifact = br#"{"created":"x","architecture":"wasm","os":"wasip2","layerDigests":[],"component":null}"#;
         assert_eq!(Platform::of_config(artifact).unwrap().rank(), Some(1));

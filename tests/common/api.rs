@@ -193,8 +193,7 @@ impl<'a> Plan<'_, 'a> {
 
     /// Makes and starts it. The handle is of `ctr`, which can do all the rest.
     pub fn start(&self) -> Result<Container<'a>> {
-        self.record()?;
-        let container = self.api.client.image(&self.image, &[]).id(&self.id).handle();
+        let container = self.record()?;
         self.create()?;
         let request = self.api.request(StartRequest { container_id: self.id.clone(), ..Default::default() })?;
         self.api.call("tasks.Start", TasksClient::new(self.api.channel.clone()).start(request))?;
@@ -214,9 +213,7 @@ impl<'a> Plan<'_, 'a> {
 
     /// Makes it, which must fail with an error that says all of these words. Nothing is left.
     pub fn expect_error(&self, words: &[&str]) -> Result<String> {
-        self.record()?;
-        // Dropped on a way out that is none: it takes a task with it.
-        let container = self.api.client.image(&self.image, &[]).id(&self.id).handle();
+        let container = self.record()?;
         let Err(error) = self.create() else { bail!("{}: a task was made, expected {words:?}", self.id) };
         container.delete_record()?;
         self.forget()?;
@@ -228,7 +225,8 @@ impl<'a> Plan<'_, 'a> {
         Ok(error)
     }
 
-    fn record(&self) -> Result<()> {
+    /// Makes the container, without a task. Dropped, the handle takes both away.
+    pub fn record(&self) -> Result<Container<'a>> {
         let spec = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".to_owned(),
             value: self.spec.to_string().into_bytes(),
@@ -246,7 +244,8 @@ impl<'a> Plan<'_, 'a> {
             ..Default::default()
         };
         let request = self.api.request(CreateContainerRequest { container: Some(record) })?;
-        self.api.call("containers.Create", ContainersClient::new(self.api.channel.clone()).create(request)).map(drop)
+        self.api.call("containers.Create", ContainersClient::new(self.api.channel.clone()).create(request))?;
+        Ok(self.api.client.image(&self.image, &[]).id(&self.id).handle())
     }
 
     fn create(&self) -> Result<()> {

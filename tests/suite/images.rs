@@ -18,6 +18,7 @@ use crate::common::{Outcome, base, guests, proc, wait};
 
 pub const CASES: crate::common::Cases = &[
     ("files_run_by_every_entrypoint", files),
+    ("files_serve", files_serve),
     ("layers_run_by_every_entrypoint", layers),
     ("layers_serve", layers_serve),
     ("artifacts_run_by_every_entrypoint", artifacts),
@@ -126,13 +127,22 @@ fn serves(site: &Site<'_>) -> Outcome {
     site.drain("SIGTERM", 0).map(drop)
 }
 
+fn files_serve(containerd: &Containerd) -> Outcome {
+    let client = containerd.namespace("images");
+    let image = image_of(&client, Kind::Rootfs, "file-http", &[&guests::built("hello-http.wasm")?], &[])?;
+    for words in [&["/hello-http.wasm"][..], &["hello-http.wasm"], &["/"], &[]] {
+        serves(&Site::start(client.image(&image, words))?)?;
+    }
+    client.expect_empty()
+}
+
 fn layers_serve(containerd: &Containerd) -> Outcome {
     if !takes_layers(containerd) {
         return Ok(());
     }
     let client = containerd.namespace("images");
     let image = image_of(&client, Kind::Layers, "layer-http", &[&guests::built("hello-http.wasm")?], &[])?;
-    for words in [&["/hello-http.wasm"][..], &["/"], &[]] {
+    for words in [&["/hello-http.wasm"][..], &["hello-http.wasm"], &["/"], &[]] {
         serves(&Site::start(client.image(&image, words))?)?;
     }
     client.expect_empty()

@@ -1,22 +1,14 @@
-//! Images that lie, and containerds that do not answer. Each has its own clear error, and nothing is left behind.
+//! Images that lie. Each has its own clear error, and nothing is left behind.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use containerd_shim_protos::ttrpc::{self, Code};
 use serde_json::{Value, json};
 
 use super::images::PRECOMPILED;
 use crate::common::api::{Api, INDEX, MANIFEST, WASM, digest};
 use crate::common::containerd::Containerd;
-use crate::common::shim::{self, Shim, Task, expect_code};
 use crate::common::{Outcome, SOON, guests, proc, wait};
 
 pub const CASES: crate::common::Cases = &[
@@ -25,15 +17,6 @@ pub const CASES: crate::common::Cases = &[
     ("what_is_damaged_on_disk_is_refused", damaged),
     ("what_is_gone_is_named", gone),
     ("a_module_above_the_limit_is_not_read", too_large),
-];
-
-pub const BARE: crate::common::BareCases = &[
-    ("files_need_no_grpc", files_need_no_grpc),
-    ("a_containerd_that_is_not_there_is_named", absent),
-    ("a_containerd_that_hangs_is_given_up", hangs),
-    ("a_containerd_that_hangs_up_is_an_error", hangs_up),
-    ("a_containerd_that_talks_nonsense_is_an_error", nonsense),
-    ("leaving_does_not_wait_for_containerd", leaving),
 ];
 
 const IMAGE: &str = "test.local/hostile:latest";
@@ -179,116 +162,4 @@ fn too_large(containerd: &Containerd) -> Outcome {
     let small = api.container(IMAGE, &["/"]).options("max_module_size = \"2KiB\"\n");
     small.expect_error(&["kit.wasm: has", "more than the max_module_size of 2048"])?;
     api.client.expect_empty()
-}
-
-/// A bare shim whose containerd does this with whoever asks; counts them.
-fn asked(shim: &Shim, act: impl Fn(UnixStream) + Send + 'static) -> Result<Arc<AtomicUsize>> {
-    let count = Arc::new(AtomicUsize::new(0));
-    let (listener, seen) = (UnixListener::bind(shim.folder().join("c.sock"))?, Arc::clone(&count));
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            seen.fetch_add(1, Ordering::SeqCst);
-            act(stream);
-        }
-    });
-    Ok(count)
-}
-
-fn fresh(name: &str) -> Result<Shim> {
-    Shim::new(&format!("img-{name}"))
-}
-
-/// A container without its module.
-fn lacking(shim: &Shim, id: &str) -> Result<Task> {
-    shim.task(&shim.bundle_of(id, &shim::spec(&["/none.wasm".to_owned()]))?)
-}
-
-fn expect_refusal(task: &Task, words: &[&str]) -> Outcome {
-    for word in words {
-        expect_code("create", task.create(), Code::UNKNOWN, word)?;
-    }
-    Ok(())
-}
-
-fn files_need_no_grpc() -> Outcome {
-    let shim = fresh("files")?;
-    let count = asked(&shim, drop)?;
-    let task = shim.running("a", &guests::built("kit.wasm")?, &["exit", "3"])?;
-    ensure!(task.wait()? == 3);
-    task.delete()?;
-    drop(task);
-    ensure!(count.load(Ordering::SeqCst) == 0, "containerd was asked {count:?} times for nothing");
-    // It would have been seen.
-    ensure!(lacking(&shim, "b")?.create().is_err() && count.load(Ordering::SeqCst) > 0);
-    shim.expect_end()
-}
-
-fn absent() -> Outcome {
-    let shim = fresh("absent")?;
-    let task = lacking(&shim, "a")?;
-    let socket = shim.folder().join("c.sock").display().to_string();
-    expect_refusal(
-        &task,
-        &[
-            "/none.wasm: the container has no root filesystem",
-            &format!("connect to containerd at {socket}: No such file"),
-        ],
-    )?;
-    fs::write(task.folder.join("rootfs/other"), "")?;
-    expect_refusal(&task, &["/none.wasm: no such file in the image's root filesystem"])?;
-    drop(task);
-    shim.expect_end()
-}
-
-/// The others do not wait with it.
-fn hangs() -> Outcome {
-    let shim = fresh("hangs")?;
-    let held = std::sync::Mutex::new(Vec::new());
-    asked(&shim, move |stream| held.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(stream))?;
-    let slow = lacking(&shim, "slow")?;
-    let waiting = thread::spawn(move || {
-        let began = Instant::now();
-        (expect_code("create", slow.create(), Code::UNKNOWN, "no answer within 10 s"), began.elapsed())
-    });
-    let began = Instant::now();
-    let quick = shim.running("quick", &guests::built("kit.wasm")?, &["exit", "3"])?;
-    ensure!(quick.wait()? == 3);
-    quick.delete()?;
-    drop(quick);
-    ensure!(!waiting.is_finished(), "the other did not hang, or this took {:?}", began.elapsed());
-    let Ok((refused, took)) = waiting.join() else { anyhow::bail!("the waiting thread panicked") };
-    refused?;
-    ensure!((Duration::from_secs(9)..SOON).contains(&took), "{took:?}");
-    shim.expect_end()
-}
-
-fn hangs_up() -> Outcome {
-    let shim = fresh("hangs-up")?;
-    asked(&shim, |mut stream| drop(stream.read(&mut [0; 16])))?;
-    expect_refusal(&lacking(&shim, "a")?, &["its layers cannot be looked at: ask containerd for the container"])?;
-    shim.expect_end()
-}
-
-fn nonsense() -> Outcome {
-    let shim = fresh("nonsense")?;
-    asked(&shim, |mut stream| drop(stream.write_all(&b"220 mail.example.org ESMTP\r\n".repeat(1000))))?;
-    expect_refusal(&lacking(&shim, "a")?, &["its layers cannot be looked at: ask containerd for the container"])?;
-    shim.expect_end()
-}
-
-fn leaving() -> Outcome {
-    let shim = fresh("leaving")?;
-    let held = std::sync::Mutex::new(Vec::new());
-    let count =
-        asked(&shim, move |stream| held.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(stream))?;
-    let task = lacking(&shim, "a")?;
-    let waiting = thread::spawn(move || task.create());
-    wait::until_true("containerd to be asked", SOON, || Ok(count.load(Ordering::SeqCst) > 0))?;
-    let began = Instant::now();
-    proc::signal(shim.daemon()?, rustix::process::Signal::TERM)?;
-    wait::until_true("the shim to leave", SOON, || Ok(shim.daemons().is_empty()))?;
-    ensure!(began.elapsed() < Duration::from_secs(6), "it waited {:?}", began.elapsed());
-    let created: Option<ttrpc::Result<_>> = waiting.join().ok();
-    ensure!(created.is_some_and(|created| created.is_err()), "a container was made by a process that left");
-    shim.expect_end()
 }

@@ -56,23 +56,28 @@ pub fn find(
         Ok(Some(module)) => {
             Ok(Source { name: module.name, export: entrypoint.export, wasm: module.wasm, is_layer: true })
         }
-        Ok(None) => Err(missing(&entrypoint, rootfs.is_some())),
+        Ok(None) => {
+            let and = if rootfs.is_some() { NAME_IT } else { ", and its image no wasm layer" };
+            Err(Error::Program(missing(&entrypoint, rootfs.is_some()) + and))
+        }
         // Most likely an ordinary image, in which the file is simply missing.
         Err(Error::Host { what, source }) => {
             let missing = missing(&entrypoint, rootfs.is_some());
-            Err(Error::host(format!("{missing}; its layers cannot be looked at: {what}"), source))
+            Err(Error::host(format!("{missing}; the image's layers cannot be looked at: {what}"), source))
         }
         Err(error) => Err(error),
     }
 }
 
-fn missing(entrypoint: &Entrypoint, has_root: bool) -> Error {
+const NAME_IT: &str = "; the first argument names the wasm file to run";
+
+fn missing(entrypoint: &Entrypoint, has_root: bool) -> String {
     let why = match (entrypoint.paths.is_empty(), has_root) {
-        (false, true) => "no such file in the image's root filesystem; the first argument names the wasm file to run",
-        (true, true) => "names no file, and the image has no module: neither a wasm file in / nor a wasm layer",
-        (_, false) => "the container has no root filesystem, and its image no wasm layer",
+        (false, true) => "no such file in the image's root filesystem",
+        (true, true) => "names no file, and there is no wasm file in / of the image's root filesystem",
+        (_, false) => "the container has no root filesystem",
     };
-    refuse(&label(&entrypoint.name), why)
+    format!("{}: {why}", label(&entrypoint.name))
 }
 
 /// Nothing is hard to see in a message.
@@ -265,9 +270,10 @@ mod tests {
                 Some(root.path()),
                 "/none.wasm",
                 None,
-                "root filesystem; the first argument names the wasm file to run; its layers cannot be looked at: connect: refused",
+                "root filesystem; the image's layers cannot be looked at: connect: refused",
             ),
             (None, "/a.wasm", Some(""), "no root filesystem, and its image no wasm layer"),
+            (None, "/a.wasm", None, "no root filesystem; the image's layers cannot be looked at: connect: refused"),
             (None, "", Some(""), "the entrypoint \"\": the container has no root"),
         ] {
             let error = find_in(rootfs, &bundle(argument, ""), layer, 100).unwrap_err().to_string();
