@@ -14,7 +14,7 @@ use super::http_serve::serving;
 use crate::common::containerd::Containerd;
 use crate::common::http::{self, Answer, BOTH, Connection, Protocol};
 use crate::common::site::{self, Site};
-use crate::common::{Outcome, SOON, wait};
+use crate::common::{Outcome, SOON, proc, wait};
 
 pub const CASES: crate::common::Cases = &[
     ("what_is_in_flight_is_finished", in_flight),
@@ -24,17 +24,16 @@ pub const CASES: crate::common::Cases = &[
     ("past_the_drain_timeout_requests_are_cut", timeout),
     ("a_second_signal_ends_the_drain", second_signal),
     ("sigkill_waits_for_nothing", sigkill),
+    ("a_reader_that_stalls_does_not_hold_up_the_end", stalled),
     ("a_connection_that_says_nothing_is_not_waited_for", silent),
     ("in_the_foreground_ctr_ends_with_the_drain", foreground),
 ];
 
+/// Bytes of lines that a FIFO holds at least: no line begins in a page that cannot take all of it.
+const PIPE: u64 = 60 << 10;
+
 /// Between a signal and its effect, with `ctr` in between on a busy machine.
 const PROMPT: Duration = Duration::from_secs(3);
-
-/// Waits until the server runs so many requests: each has printed or answered something.
-async fn begun() {
-    tokio::time::sleep(Duration::from_millis(300)).await;
-}
 
 /// `ctr task kill` takes its time; the clients of this thread go on meanwhile.
 async fn signal(site: &Site<'_>, signal: &str) -> Outcome {
@@ -48,10 +47,10 @@ fn in_flight(containerd: &Containerd) -> Outcome {
             let mut tasks = tokio::task::JoinSet::new();
             for number in 0..8 {
                 let addr = site.addr;
-                let path = if number < 6 { "/sleep?ms=1500" } else { "/spin?ms=1200" };
+                let path = if number < 6 { "/sleep?ms=1500&say=begun" } else { "/spin?ms=1200&say=begun" };
                 tasks.spawn(async move { http::get(addr, BOTH[number % 2], path).await });
             }
-            begun().await;
+            site.told("begun", 8).await?;
             signal(site, name).await?;
             refused(site)?;
             while let Some(answer) = tasks.join_next().await {
@@ -120,11 +119,11 @@ fn idle(containerd: &Containerd) -> Outcome {
             resting.push(connection);
         }
         let addr = site.addr;
-        let busy = tokio::spawn(async move { http::get(addr, Protocol::One, "/sleep?ms=2000").await });
+        let busy = tokio::spawn(async move { http::get(addr, Protocol::One, "/sleep?ms=2000&say=begun").await });
         let mut streams = Connection::open(site.addr, Protocol::Two).await?;
-        let request = streams.request(Method::GET, "/sleep?ms=2000", http::empty())?;
+        let request = streams.request(Method::GET, "/sleep?ms=2000&say=begun", http::empty())?;
         let streamed = tokio::spawn(async move { anyhow::Ok((streams.fetch(request).await?, streams)) });
-        begun().await;
+        site.told("begun", 2).await?;
         signal(site, "SIGTERM").await?;
         let told = Instant::now();
         for connection in resting {
@@ -164,13 +163,13 @@ impl Endless {
     async fn begin(site: &Site<'_>) -> Result<Self> {
         let mut tasks = tokio::task::JoinSet::new();
         for protocol in BOTH {
-            for path in ["/sleep?ms=60000", "/sleep-after-head?ms=60000", "/spin"] {
+            for path in ["/sleep?ms=60000&say=endless", "/sleep-after-head?ms=60000&say=endless", "/spin?say=endless"] {
                 let addr = site.addr;
                 tasks.spawn(async move { http::get(addr, protocol, path).await });
             }
         }
         ensure!(tasks.len() == Self::COUNT);
-        begun().await;
+        site.told("endless", Self::COUNT).await?;
         Ok(Self(tasks))
     }
 
@@ -189,8 +188,8 @@ fn timeout(containerd: &Containerd) -> Outcome {
         serving(containerd, &[("DRAIN_TIMEOUT", "700ms")], async |site| {
             let endless = Endless::begin(site).await?;
             let addr = site.addr;
-            let short = tokio::spawn(async move { http::get(addr, Protocol::One, "/sleep?ms=600").await });
-            begun().await;
+            let short = tokio::spawn(async move { http::get(addr, Protocol::One, "/sleep?ms=600&say=short").await });
+            site.told("short", 1).await?;
             signal(site, name).await?;
             let told = Instant::now();
             short.await??.expect(200, "slept\n")?;
@@ -216,7 +215,7 @@ fn second_signal(containerd: &Containerd) -> Outcome {
         serving(containerd, &[], async |site| {
             let endless = Endless::begin(site).await?;
             signal(site, first).await?;
-            begun().await;
+            site.wait_line("draining")?;
             ensure!(site.container.status()?.as_deref() == Some("RUNNING"), "{first} alone ended it");
             signal(site, second).await?;
             endless.expect_cut().await?;
@@ -244,7 +243,8 @@ fn silent(containerd: &Containerd) -> Outcome {
     serving(containerd, &[], async |site| {
         let silent = (0..5).map(|_| http::socket(site.addr)).collect::<Result<Vec<_>>>()?;
         let mut late = http::socket(site.addr)?;
-        begun().await;
+        // They are accepted in turn, and so all the others are by now.
+        http::get(site.addr, Protocol::One, "/hello").await?.expect(200, "hello\n")?;
         signal(site, "SIGTERM").await?;
         // A client that connected before the signal and speaks right after it.
         let began = Instant::now();
@@ -258,6 +258,40 @@ fn silent(containerd: &Containerd) -> Outcome {
     })
 }
 
+/// Its `ctr` is gone, so its FIFO is full and nobody reads: neither a guest that waits for the reader nor what is left of its
+/// output holds up the end for long.
+fn stalled(containerd: &Containerd) -> Outcome {
+    for (name, client_stays, code) in [("SIGTERM", true, 143), ("SIGTERM", false, 0), ("SIGKILL", true, 137)] {
+        let client = containerd.namespace("http");
+        let run = site::with(site::anywhere(client.guest(site::WEB, &[])?), &[("DRAIN_TIMEOUT", "300ms")]);
+        let offset = containerd.log_length();
+        let mut job = run.spawn()?;
+        let site = Site::of(containerd, run.handle(), PathBuf::new(), offset)?;
+        job.kill()?;
+        let fifo = proc::descriptor(site.container.daemon()?, &format!("{}-stdout", site.container.id))?;
+        http::block_on(async {
+            let mut connection = Connection::open(site.addr, Protocol::One).await?;
+            let driver = connection.driver.abort_handle();
+            let path = "/log?lines=20000&text=nobody-reads-this";
+            let waiting = tokio::spawn(async move { connection.get(path).await });
+            while rustix::io::ioctl_fionread(&fifo)? < PIPE {
+                ensure!(!waiting.is_finished(), "the guest should wait for its reader");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            if !client_stays {
+                driver.abort();
+            }
+            let begun = Instant::now();
+            signal(&site, name).await?;
+            let exit = site.container.exit_within(PROMPT)?;
+            ensure!(exit.exit_code() == code, "{name}: {exit:?}");
+            ensure!(begun.elapsed() < PROMPT, "{name} took {:?}", begun.elapsed());
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 fn foreground(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("http");
     let run = site::anywhere(client.guest(site::WEB, &[])?);
@@ -265,8 +299,10 @@ fn foreground(containerd: &Containerd) -> Outcome {
     let job = run.spawn()?;
     let site = Site::of(containerd, run.handle(), PathBuf::new(), offset)?;
     http::block_on(async {
-        let request = tokio::spawn(http::get(site.addr, Protocol::One, "/sleep?ms=1000"));
-        begun().await;
+        let request = tokio::spawn(http::get(site.addr, Protocol::One, "/sleep?ms=1000&say=begun"));
+        while !job.stdout.text_so_far().contains("begun") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         site.container.kill("SIGTERM")?;
         request.await??.expect(200, "slept\n")
     })?;
