@@ -14,7 +14,7 @@ use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::images_client::ImagesClient;
 use containerd_client::services::v1::{GetContainerRequest, GetImageRequest, ReadContentRequest};
 use containerd_client::tonic::metadata::{Ascii, MetadataValue};
-use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::transport::{Channel, Endpoint};
 use containerd_client::tonic::{Code, Request, Response, Status};
 use sha2::{Digest as _, Sha256};
 use troupe_actors::Error;
@@ -28,6 +28,11 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// A container's record holds its whole spec, which may have ten thousand arguments.
 const MAX_RECORD: usize = 16 << 20;
+
+/// How much containerd may send ahead. With HTTP/2's own 64 KiB a module of 13 MB takes 30 ms instead of 23.
+const WINDOW: u32 = 4 << 20;
+/// How much of it in one piece; containerd reads its files in pieces of a MiB.
+const FRAME: u32 = 1 << 20;
 
 /// One connection to containerd, for one namespace.
 pub struct Store {
@@ -44,7 +49,10 @@ impl Store {
         let what = format!("connect to containerd at {}", path.display());
         let namespace =
             namespace.parse().map_err(|_| Error::invalid(format!("namespace {namespace:?}: not a name")))?;
-        match tokio::time::timeout(ANSWER, containerd_client::connect(path)).await {
+        let endpoint = Endpoint::from_shared(format!("unix://{}", path.display()));
+        let endpoint = endpoint.map_err(|e| Error::host(&what, io::Error::other(root_cause(&e))))?;
+        let endpoint = endpoint.initial_stream_window_size(WINDOW).initial_connection_window_size(WINDOW);
+        match tokio::time::timeout(ANSWER, endpoint.max_frame_size(FRAME).connect()).await {
             Ok(Ok(channel)) => Ok(Self { channel, namespace }),
             Ok(Err(error)) => Err(Error::host(what, io::Error::other(root_cause(&error)))),
             Err(_) => Err(late(&what, ANSWER)),
