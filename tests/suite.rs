@@ -74,12 +74,12 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_outgoing", suite::http_outgoing::CASES),
     ("http_hostile", suite::http_hostile::CASES),
     ("http_isolation", suite::http_isolation::CASES),
+    ("http_shared", suite::http_shared::CASES),
     ("images", suite::images::CASES),
     ("images_absent", suite::images_absent::CASES),
     ("images_hostile", suite::images_hostile::CASES),
     ("packing", suite::packing::CASES),
     ("readme", suite::readme::CASES),
-    ("http_shared", suite::http_shared::CASES),
 ];
 /// On the newest only: they are about the guest or the machine, and take long.
 const ON_NEWEST: &[(&str, Cases)] = &[
@@ -90,6 +90,7 @@ const ON_NEWEST: &[(&str, Cases)] = &[
 const BARE: &[(&str, BareCases)] = &[
     ("api", suite::api::CASES),
     ("images_absent", suite::images_absent::BARE),
+    ("http_load", suite::http_load::BARE),
     ("load", suite::load::BARE),
     ("recovery", suite::recovery::BARE),
     ("shutdown", suite::shutdown::BARE),

@@ -16,12 +16,15 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::common::containerd::Containerd;
-use crate::common::http;
+use crate::common::http::{self, Connection};
+use crate::common::shim::{self, Shim};
 use crate::common::site::{self, Site};
-use crate::common::{Outcome, SOON, wait};
+use crate::common::{Outcome, SOON, guests, wait};
 
 pub const CASES: crate::common::Cases =
     &[("no_request_is_lost_when_a_server_is_stopped", stopped), ("no_request_is_lost_in_a_rolling_update", rolling)];
+
+pub const BARE: crate::common::BareCases = &[("a_process_without_room_for_a_pool_serves", cramped)];
 
 /// Requests of all sorts; each has an answer that can be told from another's.
 const REQUESTS: [(&str, &str); 4] = [
@@ -222,4 +225,43 @@ fn rolling(containerd: &Containerd) -> Outcome {
     load.expect_none_lost()?;
     ensure!(load.answered() >= wanted);
     Ok(())
+}
+
+/// Address space is all that the pool costs, and here there is not enough of it: instances are made one by one.
+fn cramped() -> Outcome {
+    const ROOM: u64 = 128 << 30;
+    let shim = Shim::new("cramped")?;
+    let addr = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let mut spec = shim::spec(&[site::WEB.to_owned()]);
+    spec["process"]["env"] = serde_json::json!(["PATH=/bin", format!("{}SOCKET_ADDR={addr}", site::PREFIX)]);
+    let bundle = shim.bundle_of("cramped", &spec)?;
+    std::fs::copy(guests::built("web.wasm")?, bundle.folder.join("rootfs/web.wasm"))?;
+    let task = shim.task(&bundle)?;
+    let daemon = i32::try_from(shim.daemon()?).ok().and_then(rustix::process::Pid::from_raw);
+    let limit = rustix::process::Rlimit { current: Some(ROOM), maximum: Some(ROOM) };
+    rustix::process::prlimit(daemon, rustix::process::Resource::As, limit)?;
+    task.create()?;
+    task.start()?;
+    http::block_on(async {
+        let mut clients = tokio::task::JoinSet::new();
+        for number in 0..8 {
+            clients.spawn(async move {
+                let mut connection = Connection::open(addr, http::BOTH[number % 2]).await?;
+                for _ in 0..20 {
+                    connection.get("/static-counter").await?.expect(200, "1\n")?;
+                    connection.get("/alloc?bytes=3000000").await?.expect(200, "3000000\n")?;
+                }
+                anyhow::Ok(())
+            });
+        }
+        while let Some(client) = clients.join_next().await {
+            client??;
+        }
+        Ok(())
+    })?;
+    task.kill(15)?;
+    ensure!(task.wait()? == 0, "it did not drain");
+    task.delete()?;
+    drop(task);
+    shim.expect_end()
 }
