@@ -23,9 +23,10 @@ use troupe_actors::{HttpSettings, Settings, parse_bytes, parse_duration};
 use crate::group::GroupKind;
 
 /// The keys of this shim, in the order the README lists them.
-const KEYS: [&str; 8] = [
+const KEYS: [&str; 9] = [
     "group",
     "cache_dir",
+    "cache_max_size",
     "idle_timeout",
     "drain_timeout",
     "compile_timeout",
@@ -66,6 +67,8 @@ pub struct Options {
     pub group: GroupKind,
     /// Folder of compiled code, root-only.
     pub cache_dir: PathBuf,
+    /// How many bytes that folder may hold before the longest unused entries are evicted.
+    pub cache_max_size: u64,
     /// How long the daemon stays after its last container.
     pub idle_timeout: Duration,
     /// How long containers have to end after SIGTERM to the daemon before they are cut off.
@@ -96,11 +99,20 @@ pub enum LogLevel {
 
 impl Default for Options {
     fn default() -> Self {
-        let Settings { cache_dir, compile_timeout, compile_memory, max_module_size, idle_timeout, drain_timeout, http } =
-            Settings::default();
+        let Settings {
+            cache_dir,
+            cache_max_size,
+            compile_timeout,
+            compile_memory,
+            max_module_size,
+            idle_timeout,
+            drain_timeout,
+            http,
+        } = Settings::default();
         Self {
             group: GroupKind::default(),
             cache_dir,
+            cache_max_size,
             idle_timeout,
             drain_timeout,
             compile_timeout,
@@ -125,6 +137,7 @@ impl Options {
     pub fn settings(&self) -> Settings {
         Settings {
             cache_dir: self.cache_dir.clone(),
+            cache_max_size: self.cache_max_size,
             compile_timeout: self.compile_timeout,
             compile_memory: self.compile_memory,
             max_module_size: self.max_module_size,
@@ -162,6 +175,7 @@ impl Options {
         match key {
             "group" => self.group = string(value).and_then(str::parse).with_context(named)?,
             "cache_dir" => self.cache_dir = absolute_path(value).with_context(named)?,
+            "cache_max_size" => self.cache_max_size = bytes(value, MIB, MIB * MIB).with_context(named)?,
             "idle_timeout" => {
                 self.idle_timeout = duration(value, Duration::from_millis(100), 24 * HOUR).with_context(named)?;
             }

@@ -34,13 +34,14 @@ fn nothing_set_means_the_defaults() {
 #[test]
 fn every_key_is_understood() {
     let options = parse(
-        "group = \"pod\"\ncache_dir = \"/x\"\nidle_timeout = \"1m\"\ndrain_timeout = \"3s\"\ncompile_timeout = \"90s\"\n\
+        "group = \"pod\"\ncache_dir = \"/x\"\ncache_max_size = \"10GiB\"\nidle_timeout = \"1m\"\ndrain_timeout = \"3s\"\ncompile_timeout = \"90s\"\n\
          compile_memory = \"1GiB\"\nmax_module_size = 1048576\nlog_level = \"debug\"\nhttp_request_timeout = \"5s\"\nhttp_backlog = 7",
     )
     .unwrap();
     let expected = Options {
         group: GroupKind::Pod,
         cache_dir: "/x".into(),
+        cache_max_size: 10 << 30,
         idle_timeout: Duration::from_secs(60),
         drain_timeout: Duration::from_secs(3),
         compile_timeout: Duration::from_secs(90),
@@ -75,6 +76,7 @@ fn all_mistakes_are_told_at_once() {
 fn values_out_of_range_name_the_range() {
     assert!(error("idle_timeout = \"1ms\"").contains("100ms to 86400s"));
     assert!(error("compile_memory = 5").contains("out of range"));
+    assert!(error("cache_max_size = \"1KiB\"").contains("out of range"));
     assert!(error("max_module_size = -5").contains("negative"));
     assert!(error("cache_dir = \"here\"").contains("absolute"));
     assert!(error("log_level = \"loud\"").contains("one of error"));

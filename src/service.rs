@@ -112,7 +112,7 @@ impl Daemon {
     async fn new(listener: UnixListener, args: &ServeArgs, log: Sinks, guests: &Runtime) -> Result<Self> {
         let settings = args.options.settings();
         let stop = Some(Stop::listen().context("handle signals")?);
-        let stage = Stage::new(compile_settings(&settings), guests.handle().clone())?;
+        let stage = Stage::new(CompileSettings::from(&settings), guests.handle().clone())?;
         let (events, told) = Events::channel();
         let (pending, undelivered) = watch::channel(0);
         actix::spawn(events::publish(args.ttrpc_address.clone(), told, pending));
@@ -224,15 +224,6 @@ fn services(service: &TaskService) -> HashMap<String, Service> {
         made.into_values().map(|service| (name.to_owned(), service)).collect::<Vec<_>>()
     };
     ["containerd.task.v2.Task", "containerd.task.v3.Task"].into_iter().flat_map(under).collect()
-}
-
-fn compile_settings(settings: &Settings) -> CompileSettings {
-    CompileSettings {
-        timeout: settings.compile_timeout,
-        memory: settings.compile_memory,
-        max_module_size: settings.max_module_size,
-        ..CompileSettings::new(&settings.cache_dir)
-    }
 }
 
 /// The runtime of the guests. Its driver is asked for news after few polls: a guest that spins takes a whole tick for

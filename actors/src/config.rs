@@ -9,6 +9,8 @@ use std::time::Duration;
 pub struct Settings {
     /// Folder of compiled code, root-only.
     pub cache_dir: PathBuf,
+    /// How many bytes that folder may hold before the longest unused entries are evicted.
+    pub cache_max_size: u64,
     /// How long one compile may take, by the clock.
     pub compile_timeout: Duration,
     /// How much memory one compile may use, in bytes.
@@ -27,6 +29,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             cache_dir: "/var/cache/troupe".into(),
+            cache_max_size: 4 << 30,
             compile_timeout: Duration::from_secs(60),
             compile_memory: 2 << 30,
             max_module_size: 256 << 20,

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   <64 hex digits>  =  code (an ELF file, mapped as it is)  +  trailer: magic 8 | length of the code 8 | SHA-256 32
+//!   .turn-<what>        somebody compiles, see turn.rs        .tmp-…  somebody writes; both gone when they are done
 //! ```
 //! The trailer stands behind the code because wasmtime maps the file from its first byte and does not look past the ELF
 //! sections. The digest also covers the key, so a file under another's name is as invalid as a torn one.
@@ -9,9 +10,10 @@
 //! Invariants. The folder is ours and closed to others (checked at every opening, on the descriptor that is then used).
 //! Only the daemon writes here; the worker, which reads untrusted input, never gets a descriptor of this folder. A file
 //! gets its name when it is complete and is never written again, only unlinked: so a mapping can neither change nor be
-//! cut short under a running guest. There is no fsync: what a power failure tears, the digest finds.
+//! cut short under a running guest. There is no fsync: what a power failure tears, the digest finds. After each store the
+//! folder is brought back below its limit (`tidy.rs`).
 //!
-//! Called by `module.rs`, on blocking threads only.
+//! Called by `workshop.rs`, on blocking threads only.
 
 use std::fmt;
 use std::fs::File;
@@ -24,14 +26,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::LoadError;
+use super::tidy;
+use super::turn::{self, Turn};
 
 const MAGIC: [u8; 8] = *b"troupe\0\x01";
 const TRAILER: u64 = 48;
 /// Files that still have no entry's name, where the file system cannot hold files without one.
-const TEMPORARY: &str = ".tmp-";
+pub(super) const TEMPORARY: &str = ".tmp-";
 
 /// Names one compiled program: module, engine, build and kind.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -81,9 +85,33 @@ impl Cache {
         }
     }
 
-    /// Stores the code and returns the stored file. `code` must not change meanwhile: it is sealed.
-    pub(super) fn store(&self, key: &Key, code: &File) -> io::Result<File> {
+    /// Remembers that the entry is used, now: the longest unused are evicted first.
+    pub(super) fn touch(&self, key: &Key) {
+        tidy::touch(&self.dir, &key.to_string());
+    }
+
+    /// The turn for `what`, if no other process has it.
+    pub(super) fn turn(&self, what: &str) -> io::Result<Option<Turn>> {
+        Turn::take(&self.dir, what)
+    }
+
+    /// Stores the code and returns the stored file; evicts others if the folder holds more than `limit` bytes then.
+    /// `code` must not change meanwhile: it is sealed.
+    pub(super) fn store(&self, key: &Key, code: &File, limit: u64) -> io::Result<File> {
+        let bytes = code.metadata()?.len().saturating_add(TRAILER);
+        if bytes > limit {
+            let why = format!("its {bytes} bytes are more than the {limit} that `cache_max_size` allows for all");
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+        }
         let name = key.to_string();
+        let stored = self.write(key, &name, code)?;
+        if let Err(error) = tidy::tidy(&self.dir, limit, &name) {
+            warn!(folder = %self.path.display(), %error, "the cache folder cannot be tidied");
+        }
+        Ok(stored)
+    }
+
+    fn write(&self, key: &Key, name: &str, code: &File) -> io::Result<File> {
         match rustix::fs::openat(
             &self.dir,
             ".",
@@ -94,14 +122,14 @@ impl Cache {
                 let file = File::from(fd);
                 copy(code, &file, key)?;
                 let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
-                match rustix::fs::linkat(rustix::fs::CWD, unnamed, &self.dir, &*name, AtFlags::SYMLINK_FOLLOW) {
+                match rustix::fs::linkat(rustix::fs::CWD, unnamed, &self.dir, name, AtFlags::SYMLINK_FOLLOW) {
                     // Another daemon was quicker; ours is the same and goes away with its last descriptor.
                     Ok(()) | Err(Errno::EXIST) => Ok(file),
                     Err(error) => Err(error.into()),
                 }
             }
             // Not every file system has unnamed files (NFS, overlayfs before Linux 6.1).
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => self.store_named(key, &name, code),
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => self.write_named(key, name, code),
             Err(error) => Err(error.into()),
         }
     }
@@ -116,36 +144,34 @@ impl Cache {
         }
     }
 
-    fn store_named(&self, key: &Key, name: &str, code: &File) -> io::Result<File> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
-        self.sweep();
-        let temporary = format!("{TEMPORARY}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::openat(&self.dir, &*temporary, flags, Mode::RUSR | Mode::WUSR)?);
-        let stored = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
-            .map_err(io::Error::from)
-            .and_then(|()| copy(code, &file, key))
-            .and_then(|()| Ok(rustix::fs::renameat(&self.dir, &*temporary, &self.dir, name)?));
+    fn write_named(&self, key: &Key, name: &str, code: &File) -> io::Result<File> {
+        let (temporary, file) = self.temporary()?;
+        let stored =
+            copy(code, &file, key).and_then(|()| Ok(rustix::fs::renameat(&self.dir, &*temporary, &self.dir, name)?));
         if stored.is_err() {
-            // Best effort: whatever is left is swept by the next writer.
+            // Best effort: whatever is left is swept after the next store.
             let _ = rustix::fs::unlinkat(&self.dir, &*temporary, AtFlags::empty());
         }
         stored.map(|()| file)
     }
 
-    /// Removes temporary files whose writer is dead: a living one holds a lock.
-    fn sweep(&self) {
-        let Ok(entries) = rustix::fs::Dir::read_from(&self.dir) else { return };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            if !name.to_bytes().starts_with(TEMPORARY.as_bytes()) {
-                continue;
-            }
-            let open =
-                rustix::fs::openat(&self.dir, name, OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
-            let dead = open.is_ok_and(|fd| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok());
-            if dead && rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()).is_ok() {
-                debug!(name = %name.to_string_lossy(), "removed what a dead process left in the cache");
+    /// A new file, locked for as long as it is open: that it is locked tells the others that its writer lives.
+    fn temporary(&self) -> io::Result<(String, File)> {
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        loop {
+            let name = format!("{TEMPORARY}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+            let file = match rustix::fs::openat(&self.dir, &*name, flags, Mode::RUSR | Mode::WUSR) {
+                Ok(fd) => File::from(fd),
+                // Of a dead process that had our number.
+                Err(Errno::EXIST) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) if turn::is_named(&self.dir, &name, &file)? => return Ok((name, file)),
+                // Somebody who sweeps took it for a dead one's before it was locked.
+                Ok(()) | Err(Errno::WOULDBLOCK) => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -32,33 +32,44 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use super::LoadError;
 use super::engine::Kind;
 use super::worker::{self, Orders, Task};
+use crate::config::Settings;
 
 /// What one compile may cost, and where its result goes.
 #[derive(Debug, Clone)]
 pub struct CompileSettings {
     /// Folder of compiled code, root-only.
     pub cache_dir: PathBuf,
+    /// How many bytes that folder may hold before the longest unused entries are evicted.
+    pub cache_max_size: u64,
     /// How long one compile may take, by the clock.
     pub timeout: Duration,
     /// How much memory one compile may use, in bytes.
     pub memory: u64,
     /// Largest wasm file that is compiled, in bytes.
     pub max_module_size: u64,
-    /// How many compiles at a time.
+    /// How many compiles at a time, in this process and, for a while, in all that share the folder.
     pub parallel: usize,
     /// The executable that knows the verb `compile-worker`.
     pub worker: PathBuf,
 }
 
 impl CompileSettings {
-    /// The defaults: one core stays free for guests, and the worker is this very executable, even if its file has been
-    /// replaced by an upgrade since.
+    /// The defaults, for this folder.
     pub fn new(cache_dir: impl Into<PathBuf>) -> Self {
+        Self::from(&Settings { cache_dir: cache_dir.into(), ..Settings::default() })
+    }
+}
+
+impl From<&Settings> for CompileSettings {
+    /// One core stays free for guests, and the worker is this very executable, even if its file has been replaced by an
+    /// upgrade since.
+    fn from(settings: &Settings) -> Self {
         Self {
-            cache_dir: cache_dir.into(),
-            timeout: Duration::from_secs(60),
-            memory: 2 << 30,
-            max_module_size: 256 << 20,
+            cache_dir: settings.cache_dir.clone(),
+            cache_max_size: settings.cache_max_size,
+            timeout: settings.compile_timeout,
+            memory: settings.compile_memory,
+            max_module_size: settings.max_module_size,
             parallel: spare_cores(),
             worker: "/proc/self/exe".into(),
         }

@@ -7,12 +7,13 @@
 //!             Serving { host } ── one a request ───────┴─▶ Flight ─▶ Exchange
 //! ```
 //!
-//! Read in this order: `module` (how bytes become a program), `program` (imports and entry), `store`, `run`, `exit`; for
-//! servers `proxy` (linked), `serving` (a request's visit), `visitor` (its store), `exchange` (its answer), `warm` and
-//! `shared` (instances for several requests, of 0.2 and 0.3); then `engine`, `pool`, `epoch` and `limits`, which keep guests
-//! from harming each other.
+//! Read in this order: `module` and `workshop` (how bytes become a program), `program` (imports and entry), `store`, `run`,
+//! `exit`; for servers `proxy` (linked), `serving` (a request's visit), `visitor` (its store), `exchange` (its answer), `warm`
+//! and `shared` (instances for several requests, of 0.2 and 0.3); then `engine`, `pool`, `epoch` and `limits`, which keep
+//! guests from harming each other.
 
 mod cache;
+mod code;
 mod compile;
 mod engine;
 mod epoch;
@@ -21,10 +22,12 @@ mod exit;
 mod failure;
 mod hooks;
 mod inspect;
+mod job;
 mod limits;
 mod module;
 mod nature;
 mod pool;
+mod prewarm;
 mod program;
 mod proxy;
 mod random;
@@ -35,12 +38,17 @@ mod shared;
 mod store;
 mod swap;
 mod text;
+mod tidy;
+mod turn;
 mod visitor;
 mod warm;
 mod worker;
+mod workshop;
 
 use std::sync::Arc;
 
+pub use code::Code;
+pub use compile::CompileSettings;
 pub use engine::{Bounds, Engines, Kind};
 pub use epoch::{CpuTime, TICK, Ticker};
 pub use exchange::{BodyFault, Exchange, Failure, Place};
@@ -48,8 +56,9 @@ pub use exit::Outcome;
 pub use failure::LoadError;
 pub use hooks::Hooks;
 pub use limits::Budget;
-pub use module::{Code, CompileSettings, Programs};
+pub use module::Programs;
 pub use pool::INSTANCES;
+pub use prewarm::{Entry as CacheEntry, Prewarm};
 pub use program::{Entry, Program};
 pub use run::Run;
 pub use serving::{Begun, Flight, Serving, Step};

@@ -6,9 +6,9 @@ use wasmtime_wasi::p1;
 use wasmtime_wasi::p2::bindings::CommandPre;
 
 use super::LoadError;
+use super::code::Code;
 use super::engine::{Engines, Kind};
 use super::exit::ProcExit;
-use super::module::Code;
 use super::proxy::Server;
 use super::random;
 use super::store::Guest;
