@@ -34,7 +34,7 @@ use super::engine::Kind;
 use super::worker::{self, Orders, Task};
 use crate::config::Settings;
 
-/// What one compile may cost, and where its result goes.
+/// What one compile may cost, where its result goes, and how long it is kept at hand.
 #[derive(Debug, Clone)]
 pub struct CompileSettings {
     /// Folder of compiled code, root-only.
@@ -49,6 +49,8 @@ pub struct CompileSettings {
     pub max_module_size: u64,
     /// How many compiles at a time, in this process and, for a while, in all that share the folder.
     pub parallel: usize,
+    /// How long a program stays loaded after a start, whether anybody runs it or not.
+    pub linger: Duration,
     /// The executable that knows the verb `compile-worker`.
     pub worker: PathBuf,
 }
@@ -71,6 +73,7 @@ impl From<&Settings> for CompileSettings {
             memory: settings.compile_memory,
             max_module_size: settings.max_module_size,
             parallel: spare_cores(),
+            linger: settings.idle_timeout,
             worker: "/proc/self/exe".into(),
         }
     }

@@ -6,8 +6,9 @@
 //!                                   └─ else one task: code (workshop.rs) ─▶ link ─▶ everyone who waits
 //! ```
 //! Invariants. A key is loaded by at most one task at a time, which outlives the callers who gave up. The table holds
-//! programs weakly: the last container that drops one unmaps it. Nothing here computes on the caller's thread: hashing,
-//! files, mapping and linking go to blocking threads.
+//! programs weakly: the last container that drops one unmaps it, if its start was long enough ago: what runs shortly and
+//! often is not checked and mapped anew each time. Nothing here computes on the caller's thread: hashing, files, mapping
+//! and linking go to blocking threads.
 //!
 //! Called by whoever creates a container.
 
@@ -68,7 +69,9 @@ impl<T: Send + Sync + 'static> Programs<T> {
                 }
             }
         };
-        load.await.map_err(|error| error.about(name))
+        let program = load.await.map_err(|error| error.about(name))?;
+        self.shared.linger(Arc::clone(&program));
+        Ok(program)
     }
 
     /// Ends the compiles that run and waits for everything that loads; whoever still waits gets an error.
@@ -112,6 +115,20 @@ impl<T: Send + Sync + 'static> Shared<T> {
         table.insert(job.key, Slot::Loading(answer.clone()));
         self.tasks.spawn(self.clone().work(job, sender));
         Claim::Wait(answer)
+    }
+
+    /// Keeps it loaded for whoever starts the same soon.
+    fn linger(&self, program: Arc<T>) {
+        let linger = self.shop.settings().linger;
+        if linger.is_zero() {
+            return;
+        }
+        let ending = self.shop.ending();
+        self.tasks.spawn(async move {
+            // Whichever comes first, it is let go.
+            let _ = tokio::time::timeout(linger, ending.cancelled_owned()).await;
+            drop(program);
+        });
     }
 
     /// The one task for a key.

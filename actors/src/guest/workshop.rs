@@ -124,6 +124,11 @@ impl Workshop {
         &self.compiler.settings
     }
 
+    /// Told when it is closed.
+    pub fn ending(&self) -> CancellationToken {
+        self.ending.clone()
+    }
+
     async fn look(self: &Arc<Self>, job: &Arc<Job>) -> Result<Option<Made>, LoadError> {
         let (shop, job) = (self.clone(), job.clone());
         blocking(move || shop.find(&job)).await
