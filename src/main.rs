@@ -5,7 +5,8 @@
 //! | `start` | containerd, for every container | prints the address of the container's daemon, launching it if need be |
 //! | `serve` | `start` | the daemon |
 //! | `delete` | containerd, when a daemon was lost | cleans up, prints how the container ended |
-//! | `compile-worker` | the daemon | compiles one module in a limited process |
+//! | `compile` | an init job, whoever builds a node image | fills the cache of compiled code ahead |
+//! | `compile-worker` | the daemon, `compile` | compiles one module in a limited process |
 //! | `-info`, `-v` | containerd, people | what this binary is |
 //!
 //! Invariant: a verb of containerd's prints either its reply on stdout or one line on stderr, never both.
@@ -24,6 +25,7 @@ mod launch;
 mod logging;
 mod metrics;
 mod options;
+mod precompile;
 mod service;
 mod signals;
 mod socket;
@@ -42,6 +44,7 @@ use anyhow::{Context, Result};
 const USAGE: &str = "\
 usage: containerd-shim-wasmtime-v1 -namespace NAME -id ID [-address SOCKET] [-publish-binary PATH] [-debug] start
        containerd-shim-wasmtime-v1 -namespace NAME -id ID [-bundle DIR] delete
+       containerd-shim-wasmtime-v1 compile [--cache-dir DIR] [--bounds explicit|guarded|both] FILE|IMAGE...
        containerd-shim-wasmtime-v1 -info | -v
 
 This is a containerd shim: containerd runs it for the runtime io.containerd.wasmtime.v1.
@@ -54,6 +57,10 @@ fn main() -> ExitCode {
     let args: Vec<OsString> = args.collect();
     let outcome = match args.first().and_then(|verb| verb.to_str()) {
         Some("compile-worker") => return troupe_actors::guest::compile_worker(),
+        Some("compile") => match precompile::precompile(&args[1..]) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
         Some("serve") => launch::ServeParams::inherit(&args[1..]).and_then(service::serve).map(|()| Vec::new()),
         Some(_) => match answer(&program, &args) {
             Ok(Some(reply)) => Ok(reply),

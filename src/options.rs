@@ -133,6 +133,11 @@ impl Options {
         }
     }
 
+    /// What a file of runtime options says, the one that `ConfigPath` names.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        Self::from_table(&read_config_file(&std::path::absolute(path)?)?)
+    }
+
     /// What the library needs to know; the rest (group, log level) is the edge's own business.
     pub fn settings(&self) -> Settings {
         Settings {
