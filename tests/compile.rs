@@ -2,70 +2,21 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says what it expects by failing")]
 
+#[path = "compile/cache.rs"]
+mod cache;
+#[path = "compile/disk.rs"]
+mod disk;
+#[path = "compile/support.rs"]
+mod support;
+#[path = "compile/verb.rs"]
+mod verb;
+
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use troupe_actors::guest::{Bounds, Code, CompileSettings, Engines, LoadError, Programs};
-
-const WORKER: &str = env!("CARGO_BIN_EXE_containerd-shim-wasmtime-v1");
-
-struct Fixture {
-    folder: tempfile::TempDir,
-    settings: CompileSettings,
-}
-
-impl Fixture {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let mut settings = CompileSettings::new(folder.path().join("cache"));
-        settings.worker = WORKER.into();
-        Self { folder, settings }
-    }
-
-    /// A worker of our own: this shell script, with the real one in `$REAL`.
-    fn scripted(script: &str) -> Self {
-        let mut fixture = Self::new();
-        let path = fixture.folder.path().join("worker");
-        std::fs::write(
-            &path,
-            format!("#!/bin/sh\nREAL={WORKER}\nHERE={}\n{script}\n", fixture.folder.path().display()),
-        )
-        .unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        fixture.settings.worker = path;
-        fixture
-    }
-
-    /// As if in a process of its own: nothing is shared but the folder.
-    fn programs(&self) -> Programs<Code> {
-        Programs::new(Engines::new(), self.settings.clone(), |_, _, code| Ok(code))
-    }
-
-    fn entries(&self) -> Vec<PathBuf> {
-        let entries = std::fs::read_dir(&self.settings.cache_dir).into_iter().flatten();
-        entries.map(|entry| entry.unwrap().path()).collect()
-    }
-
-    /// How often the scripted worker ran: it appends to this file.
-    fn runs(&self) -> usize {
-        std::fs::read_to_string(self.folder.path().join("runs")).unwrap_or_default().lines().count()
-    }
-}
-
-const COUNTED: &str = "echo run >> $HERE/runs; exec $REAL \"$@\"";
-
-fn module(number: usize) -> Vec<u8> {
-    wat::parse_str(format!("(module (func (export \"_start\") (drop (i32.const {number}))))")).unwrap()
-}
-
-/// Small to read, long to compile: many copies of one function. About 20 s of one core in a plain build.
-fn slow() -> Vec<u8> {
-    let work = "(local.set 0 (i32.xor (i32.add (local.get 0) (local.get 0)) (i32.const 7)))".repeat(400);
-    let function = format!("(func (param i32) (result i32) {work} (local.get 0))");
-    wat::parse_str(format!("(module {})", function.repeat(3000))).unwrap()
-}
+use support::{COUNTED, Fixture, module, slow};
+use troupe_actors::guest::{Bounds, Code, LoadError, Programs};
 
 async fn refusal(programs: &Programs<Code>, wasm: impl Into<Vec<u8>>) -> LoadError {
     programs.load("/app.wasm", wasm.into(), Bounds::default()).await.err().expect("it should be refused")
@@ -131,32 +82,6 @@ async fn however_many_ask_at_once_it_is_compiled_once_and_shared() {
     drop(loaded);
     programs.load("/app.wasm", module(0), Bounds::default()).await.unwrap();
     assert_eq!(fixture.runs(), 5, "a program nobody holds comes from the cache");
-}
-
-#[tokio::test]
-async fn damaged_entries_are_compiled_again() {
-    let fixture = Fixture::scripted(COUNTED);
-    type Damage = fn(&Path);
-    let damages: [Damage; 4] = [
-        |path| std::fs::write(path, b"").unwrap(),
-        |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap(),
-        |path| {
-            let mut bytes = std::fs::read(path).unwrap();
-            bytes[2000] ^= 1;
-            std::fs::write(path, bytes).unwrap();
-        },
-        |path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o000)).unwrap(),
-    ];
-    fixture.programs().load("/app.wasm", module(1), Bounds::default()).await.unwrap();
-    for (number, damage) in damages.into_iter().enumerate() {
-        let [entry] = &fixture.entries()[..] else { panic!("one entry expected") };
-        damage(entry);
-        fixture.programs().load("/app.wasm", module(1), Bounds::default()).await.unwrap();
-        // Root reads a file without permissions as well.
-        assert_eq!(fixture.runs(), 2 + number.min(2), "damage {number}");
-        fixture.programs().load("/app.wasm", module(1), Bounds::default()).await.unwrap();
-        assert_eq!(fixture.runs(), 2 + number.min(2), "after damage {number}");
-    }
 }
 
 #[tokio::test]

@@ -144,6 +144,11 @@ impl Job {
         Ok(())
     }
 
+    /// Whether the process has ended.
+    pub fn is_over(&self) -> bool {
+        exited(&self.child, Duration::ZERO).unwrap_or(true)
+    }
+
     /// Waits for the end of the process and of its output.
     pub fn finish(mut self, limit: Duration) -> Result<Done> {
         self.stdin = None;

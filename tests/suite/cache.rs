@@ -18,14 +18,14 @@ pub const CASES: crate::common::Cases = &[
 ];
 
 /// A containerd whose folder of compiled code is new.
-fn fresh(containerd: &Containerd, name: &str, case: impl FnOnce(&Containerd) -> Outcome) -> Outcome {
+pub fn fresh(containerd: &Containerd, name: &str, case: impl FnOnce(&Containerd) -> Outcome) -> Outcome {
     let own = Containerd::start(containerd.version, &format!("{}-cache-{name}", containerd.version))?;
     case(&own).map_err(|error| error.context(format!("its own containerd: {}\n", own.log_since(0))))?;
     own.close()
 }
 
 /// What the shims' log says about compiling; every compile is one line of it.
-fn compiles(containerd: &Containerd) -> usize {
+pub fn compiles(containerd: &Containerd) -> usize {
     containerd.whole_log_since(0).matches(": compiled module=").count()
 }
 
@@ -44,7 +44,8 @@ fn once(containerd: &Containerd) -> Outcome {
     })
 }
 
-fn entries(containerd: &Containerd) -> Result<Vec<PathBuf>> {
+/// All files of the folder.
+pub fn entries(containerd: &Containerd) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     let mut folders = vec![containerd.cache()];
     while let Some(folder) = folders.pop() {
