@@ -36,6 +36,7 @@ test: packages containerds guests ## Install what is missing, then run all tests
 
 bench: packages containerds guests ## Measure speed and memory; figures on standard output
 	cargo bench --bench containers
+	cargo bench --bench cache
 	cargo bench --bench http
 
 demo: ## Run a guest under a private containerd and show its logs
