@@ -9,11 +9,13 @@
 //!
 //! For a component of 90 KiB (a command) and one of 18 MiB (a Python server). The bare binary is called as containerd
 //! would, so that no client's time is in the figures; the process itself is launched before the clock starts. Needs root.
-//! Prints medians; a promise that does not hold makes the run fail.
+//! Prints medians.
 
 #[expect(dead_code, reason = "the tests use the rest of it")]
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[expect(dead_code, reason = "other benches use the rest of it")]
+mod report;
 
 use std::fs;
 use std::process::ExitCode;
@@ -26,7 +28,8 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use common::shim::{self, Shim, Task};
-use common::{SOON, base, guests, proc, wait};
+use common::{SOON, guests, proc, wait};
+use report::{at_least, at_most, median};
 
 /// An interpreter takes its time, on a machine of one slow core too.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -35,29 +38,10 @@ const PAIRS: usize = 7;
 const SIGKILL: u32 = 9;
 
 fn main() -> ExitCode {
-    let outcome = base::create().and_then(|()| all());
-    base::remove();
-    match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("the benches cannot run: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn all() -> Result<bool> {
-    let small = module("hello-component.wasm", &["600"], 15)?;
-    Ok(small & module("py.wasm", &[], 3)?)
-}
-
-/// One line of the report; false when the promise does not hold.
-fn report(what: &str, figure: f64, unit: &str, promise: f64, at_least: bool) -> bool {
-    let kept = if at_least { figure >= promise } else { figure <= promise };
-    let word = if at_least { "at least" } else { "at most" };
-    println!("{what:<58} {figure:>9.2} {unit:<4} ({word} {promise}){}", if kept { "" } else { "  NOT KEPT" });
-    kept
+    report::main(&[
+        ("small", |_| module("hello-component.wasm", &["600"], 15)),
+        ("large", |_| module("py.wasm", &[], 3)),
+    ])
 }
 
 /// What one round saw, in milliseconds and KiB.
@@ -83,9 +67,9 @@ fn module(guest: &str, arguments: &[&str], rounds: usize) -> Result<bool> {
         "{guest} ({kib} KiB): cold {cold:.1} ms, warm disk {disk:.1} ms, warm process {process:.1} ms, beside a running one \
          {running:.1} ms"
     );
-    let mut kept = report("start from the disk's cache, times faster than compiling", cold / disk, "x", 20.0, true);
-    kept &= report("start in a process that has run it, more than beside it", process - running, "ms", 5.0, false);
-    kept &= report("memory the process has grown by compiling", growth, "KiB", 1024.0, false);
+    let mut kept = at_least("start from the disk's cache, times faster than compiling", cold / disk, "x", 20.0);
+    kept &= at_most("start in a process that has run it, more than beside it", process - running, "ms", 5.0);
+    kept &= at_most("memory the process has grown by compiling", growth, "KiB", 1024.0);
     Ok(kept)
 }
 
@@ -155,9 +139,4 @@ impl Bench<'_> {
         proc::signal(daemon, Signal::TERM)?;
         wait::until_true("the daemon to be gone", SOON, || Ok(!proc::is_running(daemon)))
     }
-}
-
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -22,11 +22,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use rustix::process::Signal;
 
-use common::containerd::Containerd;
 use common::ctr::Client;
 use common::shim::Shim;
 use common::{guests, proc, wait};
-use report::{at_most, median};
+use report::{Host, at_most, median};
 
 const STARTS: usize = 200;
 const LAUNCHES: usize = 20;
@@ -39,7 +38,7 @@ fn main() -> ExitCode {
     report::main(&[("start", start), ("run", run), ("density", density)])
 }
 
-fn start(_: &Containerd) -> Result<bool> {
+fn start(_: &Host) -> Result<bool> {
     let shim = Shim::new("start")?;
     let bundle = shim.bundle("first", &guests::built("hello.wasm")?, &[])?;
     let once = || -> Result<f64> {
@@ -66,7 +65,8 @@ fn start(_: &Containerd) -> Result<bool> {
     Ok(at_most("start, launching the daemon", median(launching), "ms", 40.0) & kept)
 }
 
-fn run(containerd: &Containerd) -> Result<bool> {
+fn run(host: &Host) -> Result<bool> {
+    let containerd = host.containerd()?;
     let client = containerd.namespace("run");
     let busybox = busybox(containerd.folder())?;
     let ours = || timed(&client.guest("/hello.wasm", &["0"])?);
@@ -90,7 +90,8 @@ fn timed(run: &common::ctr::Run<'_>) -> Result<f64> {
     Ok(millis(begin.elapsed()))
 }
 
-fn density(containerd: &Containerd) -> Result<bool> {
+fn density(host: &Host) -> Result<bool> {
+    let containerd = host.containerd()?;
     let client = containerd.namespace("density");
     let sleeper = || client.guest("/kit.wasm", &["sleep", "0"])?.detached();
     // The first ones pay for what all share: the engine, the code, the threads.

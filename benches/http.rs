@@ -33,7 +33,7 @@ use hyper_util::rt::TokioIo;
 use common::containerd::Containerd;
 use common::ctr::{Client, Container};
 use common::{job, proc, wait};
-use report::{at_least, at_most, median};
+use report::{Host, at_least, at_most, median};
 
 const CONNECTIONS: &str = "32";
 const SECONDS: &str = "3";
@@ -57,8 +57,8 @@ fn main() -> ExitCode {
     ])
 }
 
-fn throughput(containerd: &Containerd) -> Result<bool> {
-    let client = containerd.namespace("throughput");
+fn throughput(host: &Host) -> Result<bool> {
+    let client = host.containerd()?.namespace("throughput");
     let plain = Plain::start()?;
     let hello = Served::start(&client, "/hello-http.wasm", &[])?;
     let web = Served::start(&client, "/web.wasm", &[])?;
@@ -79,8 +79,8 @@ fn throughput(containerd: &Containerd) -> Result<bool> {
 }
 
 /// At half of what the server can do: what a request waits when there is no queue to speak of.
-fn latency(containerd: &Containerd) -> Result<bool> {
-    let client = containerd.namespace("latency");
+fn latency(host: &Host) -> Result<bool> {
+    let client = host.containerd()?.namespace("latency");
     let plain = Plain::start()?;
     let mut kept = true;
     for (name, file, path) in [("hello", "/hello-http.wasm", "/"), ("web", "/web.wasm", "/hello")] {
@@ -99,8 +99,8 @@ fn latency(containerd: &Containerd) -> Result<bool> {
     Ok(kept)
 }
 
-fn bounds(containerd: &Containerd) -> Result<bool> {
-    let client = containerd.namespace("bounds");
+fn bounds(host: &Host) -> Result<bool> {
+    let client = host.containerd()?.namespace("bounds");
     let explicit = Served::start(&client, "/web.wasm", &["WASMTIME_HTTP_PROXY_BOUNDS_CHECKS=explicit"])?;
     let guarded = Served::start(&client, "/web.wasm", &["WASMTIME_HTTP_PROXY_BOUNDS_CHECKS=guarded"])?;
     for (what, path) in [
@@ -117,8 +117,8 @@ fn bounds(containerd: &Containerd) -> Result<bool> {
     Ok(true)
 }
 
-fn neighbour(containerd: &Containerd) -> Result<bool> {
-    let client = containerd.namespace("neighbour");
+fn neighbour(host: &Host) -> Result<bool> {
+    let client = host.containerd()?.namespace("neighbour");
     let healthy = Served::start(&client, "/web.wasm", &[])?;
     let noisy = Served::start(&client, "/web.wasm", &["WASMTIME_HTTP_PROXY_REQUEST_TIMEOUT=500ms"])?;
     let alone = wrk(healthy.addr, "/hello")?;
@@ -139,7 +139,8 @@ fn neighbour(containerd: &Containerd) -> Result<bool> {
     Ok(kept)
 }
 
-fn density(containerd: &Containerd) -> Result<bool> {
+fn density(host: &Host) -> Result<bool> {
+    let containerd = host.containerd()?;
     let client = containerd.namespace("density");
     // The first ones pay for what all share.
     let mut served = vec![Served::start(&client, "/web.wasm", &[])?, Served::start(&client, "/web.wasm", &[])?];

@@ -1,4 +1,5 @@
-//! What all benches share: their sections by name, over a private containerd, and promises that are kept or not.
+//! What all benches share: their sections by name, a private containerd for those that need one, and promises that are kept
+//! or not.
 //!
 //! ```text
 //! cargo bench --bench http                       all sections
@@ -7,6 +8,7 @@
 //! ```
 //! A promise that does not hold makes the run fail, after all sections.
 
+use std::cell::OnceCell;
 use std::fs;
 use std::process::{Command, ExitCode};
 
@@ -16,7 +18,24 @@ use crate::common::base;
 use crate::common::containerd::{Containerd, VERSIONS};
 
 /// A name, and what it measures; false when a promise does not hold.
-pub type Section = (&'static str, fn(&Containerd) -> Result<bool>);
+pub type Section = (&'static str, fn(&Host) -> Result<bool>);
+
+/// What sections measure on.
+pub struct Host {
+    version: &'static str,
+    containerd: OnceCell<Containerd>,
+}
+
+impl Host {
+    /// The containerd of this run, started by the first who asks.
+    pub fn containerd(&self) -> Result<&Containerd> {
+        if self.containerd.get().is_none() {
+            let started = Containerd::start(self.version, "bench")?;
+            return Ok(self.containerd.get_or_init(|| started));
+        }
+        self.containerd.get().context("the containerd of this run")
+    }
+}
 
 /// Runs the sections that the arguments name, or all.
 pub fn main(sections: &[Section]) -> ExitCode {
@@ -46,12 +65,14 @@ fn all(sections: &[Section]) -> Result<bool> {
     let version = std::env::var("TROUPE_BENCH_CONTAINERD").unwrap_or_else(|_| "2.1".into());
     let version = VERSIONS.into_iter().find(|known| *known == version).context("no such containerd")?;
     println!("{}, containerd {version}", machine());
-    let containerd = Containerd::start(version, "bench")?;
+    let host = Host { version, containerd: OnceCell::new() };
     let mut kept = Ok(true);
     for (_, section) in sections.iter().filter(|(name, _)| asked.is_empty() || asked.iter().any(|ask| ask == name)) {
-        kept = kept.and_then(|kept| Ok(section(&containerd)? & kept));
+        kept = kept.and_then(|kept| Ok(section(&host)? & kept));
     }
-    containerd.close()?;
+    if let Some(containerd) = host.containerd.into_inner() {
+        containerd.close()?;
+    }
     kept
 }
 
