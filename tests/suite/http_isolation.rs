@@ -82,19 +82,24 @@ async fn search(addr: SocketAddr, number: usize) -> Outcome {
     connection.post("/search", secret(number)).await?.expect(200, "found 0\n").with_context(|| secret(number))
 }
 
-/// A secret may lie beyond where the next instance's memory ends at first. An instance that serves twice grows in its first
-/// request and looks in its second.
+/// A secret may lie beyond where the next instance's memory ends at first. An instance that serves four requests counts
+/// itself, grows, looks and counts again: what it counts says whether it was the same one.
 fn growth(containerd: &Containerd) -> Outcome {
     for bounds_checks in BOUNDS_CHECKS {
-        let [leaves, looks] = together(containerd, bounds_checks, ["1", "2"])?;
+        let [leaves, looks] = together(containerd, bounds_checks, ["1", "4"])?;
         http::block_on(async {
             let mut looking = Connection::open(looks.addr, BOTH[0]).await?;
-            for number in 100..104 {
+            let mut grown = 0;
+            for number in 100..108 {
                 let mut leaving = Connection::open(leaves.addr, BOTH[number % 2]).await?;
                 leaving.post("/remember", secret(number)).await?.expect(200, "ok\n")?;
+                looking.get("/static-counter").await?;
                 looking.get("/alloc?bytes=6000000").await?.expect(200, "6000000\n")?;
                 looking.post("/search", secret(number)).await?.expect(200, "found 0\n").context(bounds_checks)?;
+                // An instance that is not back in time serves no other.
+                grown += usize::from(looking.get("/static-counter").await?.text() == "2\n");
             }
+            ensure!(grown > 0, "{bounds_checks}: no instance looked at what it had grown");
             Ok(())
         })?;
     }

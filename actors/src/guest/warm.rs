@@ -2,8 +2,10 @@
 //!
 //! Invariant: they never use the slots that requests run in; see `pool`. Called by `serving.rs`.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use wasmtime::{Engine, Store};
@@ -54,8 +56,9 @@ impl Drop for IdleSlot {
 pub(super) struct Warm {
     reuse: u32,
     idle: Duration,
-    /// The last one back is the first one out: its memory is warm, and those nobody needs grow old.
-    instances: Mutex<Vec<Instance>>,
+    /// By the thread that served with them last: its core has their memory in its caches. The last one back is the first one
+    /// out, so those that nobody needs grow old.
+    instances: Mutex<HashMap<ThreadId, Vec<Instance>>>,
 }
 
 impl Warm {
@@ -64,12 +67,16 @@ impl Warm {
         Self { reuse, idle, instances: Mutex::default() }
     }
 
-    /// One for a request on this engine.
+    /// One for a request on this engine: this thread's own, else any.
     pub fn take(&self, engine: &Engine) -> Option<Instance> {
         if self.reuse < 2 {
             return None;
         }
-        let mut instance = self.lock().pop()?;
+        let mut instance = {
+            let mut instances = self.lock();
+            let own = instances.get_mut(&thread::current().id()).and_then(Vec::pop);
+            own.or_else(|| instances.values_mut().find_map(Vec::pop))?
+        };
         instance.idle = None;
         Engine::same(instance.store.engine(), engine).then_some(instance)
     }
@@ -80,7 +87,7 @@ impl Warm {
             && let Some(slot) = IdleSlot::take()
         {
             instance.idle = Some((Instant::now(), slot));
-            self.lock().push(instance);
+            self.lock().entry(thread::current().id()).or_default().push(instance);
         }
     }
 
@@ -88,16 +95,18 @@ impl Warm {
     pub fn cool_down(&self) {
         let now = Instant::now();
         let is_old = |instance: &Instance| instance.idle.as_ref().is_some_and(|(since, _)| now - *since >= self.idle);
-        // The oldest are at the bottom. Dropped after the lock.
-        let old: Vec<Instance> = {
-            let mut instances = self.lock();
+        // Dropped after the lock.
+        let mut old = Vec::new();
+        self.lock().retain(|_, instances| {
+            // The oldest are at the bottom.
             let count = instances.iter().take_while(|instance| is_old(instance)).count();
-            instances.drain(..count).collect()
-        };
+            old.extend(instances.drain(..count));
+            !instances.is_empty()
+        });
         drop(old);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Instance>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<ThreadId, Vec<Instance>>> {
         self.instances.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
