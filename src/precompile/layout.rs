@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   index.json ─▶ (index ─▶) manifest ─▶ layers ─┬─ wasm: a module
-//!                                                └─ file system: the files in it that begin as wasm does
+//!                                                └─ file system: files that begin as wasm does, or are called `.wat`
 //! ```
 //! Layers of a file system lie one on another: what a later one replaces or removes is no module of the image. All
 //! images and platforms of a layout count; what several of them hold is found once. Every blob is checked against its
@@ -238,8 +238,10 @@ fn files(rootfs: &mut Rootfs, layer: impl Read, most: u64) -> Result<()> {
         }
         let size = entry.size();
         let mut head = [0; 4];
-        if fill(&mut entry, &mut head)? == WASM.len() && head == WASM {
-            let wasm = limited(&mut io::Cursor::new(head).chain(entry), size, most);
+        let length = fill(&mut entry, &mut head)?;
+        // Text looks like any other text at its beginning, so its name has to tell.
+        if head == WASM || path.extension().is_some_and(|extension| extension == "wat") {
+            let wasm = limited(&mut io::Cursor::new(&head[..length]).chain(entry), size, most);
             fresh.insert(path, wasm);
         }
     }

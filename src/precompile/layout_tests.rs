@@ -108,6 +108,16 @@ fn what_a_later_layer_hides_is_not_in_the_image() {
 }
 
 #[test]
+fn text_is_told_by_its_name() {
+    let mut blobs = Blobs::default();
+    let files = tar(&[("a.wat", b"(module)"), ("b.txt", b"(module)"), ("c.wat", b"()")]);
+    let image = blobs.image(vec![(LAYER, files)]);
+    let found = found(&blobs.pack(&[image])).unwrap();
+    let found: Vec<_> = found.iter().map(|found| (found.name.as_str(), found.wasm.as_deref().unwrap())).collect();
+    assert_eq!(found, [("/a.wat", &b"(module)"[..]), ("/c.wat", b"()")]);
+}
+
+#[test]
 fn two_images_may_use_one_name() {
     let mut blobs = Blobs::default();
     let images = ["one", "two", "one"].map(|text| blobs.image(vec![(LAYER, tar(&[("app.wasm", &wasm(text))]))]));
