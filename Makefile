@@ -58,7 +58,7 @@ clean: ## Remove the build (the caches in TROUPE_CACHE stay)
 	cargo clean
 
 packages: protoc
-	@.ci/packages curl:'a client of the http servers' wrk:'their load in the benches' \
+	@.ci/packages curl:'a client of the http servers' openssl:'a server of https' wrk:'their load in the benches' \
 	  runc:'native containers beside the wasm ones' busybox-static:'what the native ones run' \
 	  skopeo:'reads the images that are packed' umoci:'reads them, too' \
 	  debian-archive-keyring:'checks the containerds that are fetched'

@@ -280,6 +280,7 @@ fn stalled(containerd: &Containerd) -> Outcome {
             }
             if !client_stays {
                 driver.abort();
+                ensure!(waiting.await?.is_err(), "its connection is closed");
             }
             let begun = Instant::now();
             signal(&site, name).await?;
