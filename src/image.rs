@@ -8,6 +8,8 @@
 //! the program. So each question has a connection, a runtime and a deadline of its own, and a process that runs ordinary
 //! images never has any of them. What is read is as hostile as the registry it came from: sizes are checked before,
 //! digests after, and documents are few, small and flat.
+//!
+//! The verb `compile` asks for images by their names, with the same store and walk (`precompile/stored.rs`).
 
 mod choose;
 mod document;
@@ -20,8 +22,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use troupe_actors::{ContainerId, Error, ImageModule, Images, Result, Wanted};
 
-use store::Store;
+pub use document::Descriptor;
+pub use store::{Incoming, Store};
 use walk::Blobs as _;
+pub use walk::{Fault, images};
 
 /// From the first question to the last byte. A container that takes longer is not worth waiting for.
 const PATIENCE: Duration = Duration::from_secs(60);

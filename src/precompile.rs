@@ -1,7 +1,9 @@
 //! The verb `compile`: fills the cache before any container asks, from an init job or while a node image is built.
 //!
 //! ```text
-//!   FILE.wasm, an OCI layout (tar or folder) ──▶ found.rs, layout.rs: modules ──▶ Prewarm ──▶ one line each on stdout
+//!   FILE.wasm ─────────────────────────────┐
+//!   OCI layout, tar or folder (layout.rs) ─┤ found.rs ─▶ layers.rs: modules ─▶ Prewarm ─▶ one line each on stdout
+//!   name of containerd's image (stored.rs) ┘
 //! ```
 //! One line for each entry of the cache, its fields between tabs: key, `compiled` or `cached`, kind, bytes of the code,
 //! milliseconds, name. Everything else goes to stderr: what failed, and, on a terminal, how far it is. What fails does
@@ -10,8 +12,11 @@
 //! Called by `main`.
 
 mod found;
+mod layers;
 mod layout;
+mod stored;
 
+use std::env;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::PathBuf;
@@ -20,10 +25,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Parser, ValueEnum};
+use tokio::runtime::Runtime;
 use troupe_actors::guest::{Bounds, CacheEntry, CompileSettings, Prewarm};
 
 use crate::options::Options;
-use found::Found;
+use found::{Finder, Found};
+use stored::Containerd;
+
+/// What `ctr` takes where nothing is said.
+const ADDRESS: &str = "/run/containerd/containerd.sock";
+const NAMESPACE: &str = "default";
 
 /// Compiles wasm modules into the cache of compiled code, for containers to find.
 ///
@@ -44,7 +55,15 @@ struct Args {
     #[arg(long, value_enum, default_value = "explicit")]
     bounds: Choice,
 
-    /// A wasm file, or an OCI image layout (a tar file or a folder) with wasm in it
+    /// containerd's gRPC socket, for images by name (CONTAINERD_ADDRESS, else /run/containerd/containerd.sock)
+    #[arg(short, long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
+
+    /// Where in containerd these images are; Kubernetes uses k8s.io (CONTAINERD_NAMESPACE, else default)
+    #[arg(short, long, value_name = "NAME")]
+    namespace: Option<String>,
+
+    /// A wasm file, an OCI image layout (a tar file or a folder), or the name of an image that containerd has
     #[arg(value_name = "FILE|IMAGE", required = true)]
     sources: Vec<PathBuf>,
 }
@@ -66,6 +85,19 @@ impl Choice {
     }
 }
 
+impl Args {
+    fn containerd(&self) -> Containerd {
+        let set = |name| env::var_os(name).filter(|value| !value.is_empty());
+        let address = self.address.clone().or_else(|| set("CONTAINERD_ADDRESS").map(PathBuf::from));
+        let namespace = self.namespace.clone();
+        let namespace = namespace.or_else(|| set("CONTAINERD_NAMESPACE")?.into_string().ok());
+        Containerd {
+            address: address.unwrap_or_else(|| ADDRESS.into()),
+            namespace: namespace.unwrap_or_else(|| NAMESPACE.to_owned()),
+        }
+    }
+}
+
 /// Runs the verb with what stands after it on the command line.
 pub fn precompile(arguments: &[OsString]) -> Result<ExitCode> {
     let name = OsString::from("containerd-shim-wasmtime-v1 compile");
@@ -80,25 +112,27 @@ pub fn precompile(arguments: &[OsString]) -> Result<ExitCode> {
     let log = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(io::stderr);
     log.try_init().map_err(|error| anyhow!("the log: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("the runtime")?;
-    let failures = runtime.block_on(fill(&args))?;
+    let failures = fill(&args, &runtime)?;
     Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Compiles everything and returns how much failed.
-async fn fill(args: &Args) -> Result<usize> {
+fn fill(args: &Args, runtime: &Runtime) -> Result<usize> {
     let mut options = args.config.as_deref().map_or_else(|| Ok(Options::default()), Options::from_file)?;
     if let Some(folder) = &args.cache_dir {
         options.cache_dir = std::path::absolute(folder).context("the cache folder")?;
     }
     let prewarm = Prewarm::new(CompileSettings::from(&options.settings()));
+    let finder = Finder { runtime, containerd: args.containerd(), most: options.max_module_size };
     let (mut failures, mut filled) = (0, Vec::new());
     for (number, source) in args.sources.iter().enumerate() {
         let position = format!("{}/{}", number + 1, args.sources.len());
-        let found = found::modules(source, options.max_module_size)
+        let found = finder
+            .modules(source)
             .unwrap_or_else(|error| vec![Found { name: source.display().to_string(), wasm: Err(error) }]);
         for Found { name, wasm } in found {
             let entries = match wasm {
-                Ok(wasm) => one(&prewarm, &name, &wasm, args.bounds, &position).await,
+                Ok(wasm) => runtime.block_on(one(&prewarm, &name, &wasm, args.bounds, &position)),
                 Err(error) => Err(error.context(name.clone())),
             };
             match entries {

@@ -12,6 +12,7 @@ mod common;
 mod suite {
     pub mod api;
     pub mod cache;
+    pub mod cache_images;
     pub mod cache_shared;
     pub mod daemon;
     pub mod exits;
@@ -59,6 +60,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("hostile", suite::hostile::CASES),
     ("groups", suite::groups::CASES),
     ("cache", suite::cache::CASES),
+    ("cache_images", suite::cache_images::CASES),
     ("cache_shared", suite::cache_shared::CASES),
     ("load", suite::load::CASES),
     ("restart", suite::restart::CASES),

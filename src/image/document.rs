@@ -61,6 +61,20 @@ impl Descriptor {
         self.media_type == "application/wasm" || self.media_type.ends_with("+wasm")
     }
 
+    /// The hexadecimal digits of its digest, which has to be one of sha256.
+    ///
+    /// # Errors
+    /// In words, with the digest.
+    pub fn hex(&self) -> Result<&str, String> {
+        let wrong = |why: &str| format!("the digest {:?} {why}", self.digest);
+        let hex = self.digest.strip_prefix("sha256:");
+        let hex = hex.ok_or_else(|| wrong("is not one of sha256, which is needed"))?;
+        if hex.len() != 64 || !hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+            return Err(wrong("is not 64 hexadecimal digits"));
+        }
+        Ok(hex)
+    }
+
     /// The name of the file that the layer was made of.
     pub fn title(&self) -> Option<&str> {
         self.annotations.as_ref()?.get(TITLE).map(String::as_str).filter(|title| !title.is_empty())

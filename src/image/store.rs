@@ -12,10 +12,10 @@ use std::time::Duration;
 use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::images_client::ImagesClient;
-use containerd_client::services::v1::{GetContainerRequest, GetImageRequest, ReadContentRequest};
+use containerd_client::services::v1::{GetContainerRequest, GetImageRequest, ReadContentRequest, ReadContentResponse};
 use containerd_client::tonic::metadata::{Ascii, MetadataValue};
 use containerd_client::tonic::transport::{Channel, Endpoint};
-use containerd_client::tonic::{Code, Request, Response, Status};
+use containerd_client::tonic::{Code, Request, Response, Status, Streaming};
 use sha2::{Digest as _, Sha256};
 use troupe_actors::Error;
 
@@ -25,6 +25,8 @@ use super::walk::{Blobs, Fault};
 
 /// containerd answers in milliseconds; one that is busy unpacking may take seconds.
 const ANSWER: Duration = Duration::from_secs(10);
+
+const READING: &str = "read the image's content from containerd";
 
 /// A container's record holds its whole spec, which may have ten thousand arguments.
 const MAX_RECORD: usize = 16 << 20;
@@ -89,6 +91,18 @@ impl Store {
         }))
     }
 
+    /// Begins to read a blob.
+    ///
+    /// # Errors
+    /// `Missing`, or `Host` as above.
+    pub async fn open(&self, blob: &Descriptor) -> Result<Incoming, Fault> {
+        let mut client = ContentClient::new(self.channel.clone());
+        let request = self.request(ReadContentRequest { digest: blob.digest.clone(), offset: 0, size: 0 });
+        let stream = answer(READING, client.read(request)).await?;
+        let stream = stream.ok_or_else(|| Fault::Missing(blob.digest.clone()))?;
+        Ok(Incoming { digest: blob.digest.clone(), stream })
+    }
+
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert("containerd-namespace", self.namespace.clone());
@@ -99,21 +113,31 @@ impl Store {
 impl Blobs for Store {
     async fn read(&self, blob: &Descriptor) -> Result<Vec<u8>, Fault> {
         let mut arriving = Arriving::new(blob)?;
-        let what = "read the image's content from containerd";
-        let mut client = ContentClient::new(self.channel.clone());
-        let request = self.request(ReadContentRequest { digest: blob.digest.clone(), offset: 0, size: 0 });
-        let Some(mut stream) = answer(what, client.read(request)).await? else {
-            return Err(Fault::Missing(blob.digest.clone()));
-        };
-        loop {
-            // The answer to a read begins before the blob is looked for.
-            match tokio::time::timeout(ANSWER, stream.message()).await {
-                Ok(Ok(Some(chunk))) => arriving.take(&chunk.data)?,
-                Ok(Ok(None)) => return arriving.end(),
-                Ok(Err(status)) if status.code() == Code::NotFound => return Err(Fault::Missing(blob.digest.clone())),
-                Ok(Err(status)) => return Err(refused(what, &status).into()),
-                Err(_) => return Err(late(what, ANSWER).into()),
-            }
+        let mut incoming = self.open(blob).await?;
+        while let Some(chunk) = incoming.next().await? {
+            arriving.take(&chunk)?;
+        }
+        arriving.end()
+    }
+}
+
+/// The contents of a blob as they come, unchecked.
+pub struct Incoming {
+    digest: String,
+    stream: Streaming<ReadContentResponse>,
+}
+
+impl Incoming {
+    /// The next piece; `None` at the end.
+    ///
+    /// # Errors
+    /// `Missing` when there is no such blob: the answer to a read begins before it is looked for.
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Fault> {
+        match tokio::time::timeout(ANSWER, self.stream.message()).await {
+            Ok(Ok(chunk)) => Ok(chunk.map(|chunk| chunk.data)),
+            Ok(Err(status)) if status.code() == Code::NotFound => Err(Fault::Missing(self.digest.clone())),
+            Ok(Err(status)) => Err(refused(READING, &status).into()),
+            Err(_) => Err(late(READING, ANSWER).into()),
         }
     }
 }
@@ -128,12 +152,7 @@ struct Arriving<'a> {
 
 impl<'a> Arriving<'a> {
     fn new(blob: &'a Descriptor) -> Result<Self, Fault> {
-        let wrong = |why: &str| Fault::Wrong(format!("the digest {:?} {why}", blob.digest));
-        let expected =
-            blob.digest.strip_prefix("sha256:").ok_or_else(|| wrong("is not one of sha256, which is needed"))?;
-        if expected.len() != 64 || !expected.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err(wrong("is not 64 hexadecimal digits"));
-        }
+        let expected = blob.hex().map_err(Fault::Wrong)?;
         let mut bytes = Vec::new();
         let size = usize::try_from(blob.size).unwrap_or(usize::MAX);
         bytes

@@ -62,37 +62,90 @@ struct Candidate {
     is_unsaid: bool,
 }
 
+/// A manifest that was reached.
+pub struct Image {
+    pub digest: String,
+    pub layers: Vec<Descriptor>,
+    config: Descriptor,
+    is_unsaid: bool,
+}
+
 /// The wasm layers of the image, in their order; none when it has none.
 pub async fn wasm_layers(blobs: &impl Blobs, target: Descriptor) -> Result<Vec<Descriptor>, Fault> {
-    let mut next = vec![Candidate { descriptor: target, depth: 0, is_unsaid: false }];
-    let mut missing = None;
-    let mut documents = 0;
-    while let Some(candidate) = next.pop() {
-        documents += 1;
-        if documents > MAX_DOCUMENTS || candidate.depth > MAX_DEPTH {
-            let limits = format!("at most {MAX_DOCUMENTS} documents, {MAX_DEPTH} levels deep");
-            return Err(Fault::Wrong(format!("its indexes lead to too many others; read are {limits}")));
-        }
-        let document = match document(blobs, &candidate.descriptor).await {
-            Ok(document) => document,
-            // An image is pulled for one platform, so the others' manifests are not there.
-            Err(Fault::Missing(digest)) if candidate.depth > 0 => {
-                missing.get_or_insert(digest);
-                continue;
-            }
-            Err(fault) => return Err(fault),
-        };
-        match document {
-            Document::Index(children) => next.extend(best_last(children, candidate.depth + 1)),
-            Document::Manifest { config, layers } => {
-                let layers: Vec<_> = layers.into_iter().filter(Descriptor::is_wasm).collect();
-                if !layers.is_empty() && (!candidate.is_unsaid || is_for_us(blobs, &config).await?) {
-                    return Ok(layers);
-                }
-            }
+    let mut walk = Walk::new(blobs, target);
+    while let Some(mut image) = walk.next().await? {
+        image.layers.retain(Descriptor::is_wasm);
+        if !image.layers.is_empty() && walk.is_for_us(&image).await? {
+            return Ok(image.layers);
         }
     }
-    missing.map_or(Ok(Vec::new()), |digest| Err(Fault::Missing(digest)))
+    walk.end(Vec::new())
+}
+
+/// All that this node could run of the image, the best first; what was not pulled is left out if something was.
+pub async fn images(blobs: &impl Blobs, target: Descriptor) -> Result<Vec<Image>, Fault> {
+    let mut walk = Walk::new(blobs, target);
+    let mut images: Vec<Image> = Vec::new();
+    while let Some(image) = walk.next().await? {
+        if images.iter().all(|known| known.digest != image.digest) && walk.is_for_us(&image).await? {
+            images.push(image);
+        }
+    }
+    if images.is_empty() { walk.end(images) } else { Ok(images) }
+}
+
+/// On its way from the target to the manifests, the best first.
+struct Walk<'a, B> {
+    blobs: &'a B,
+    next: Vec<Candidate>,
+    /// How many were read.
+    documents: usize,
+    /// The first that is not there.
+    missing: Option<String>,
+}
+
+impl<'a, B: Blobs> Walk<'a, B> {
+    fn new(blobs: &'a B, target: Descriptor) -> Self {
+        let next = vec![Candidate { descriptor: target, depth: 0, is_unsaid: false }];
+        Self { blobs, next, documents: 0, missing: None }
+    }
+
+    async fn next(&mut self) -> Result<Option<Image>, Fault> {
+        while let Some(candidate) = self.next.pop() {
+            self.documents += 1;
+            if self.documents > MAX_DOCUMENTS || candidate.depth > MAX_DEPTH {
+                let limits = format!("at most {MAX_DOCUMENTS} documents, {MAX_DEPTH} levels deep");
+                return Err(Fault::Wrong(format!("its indexes lead to too many others; read are {limits}")));
+            }
+            let Candidate { descriptor, depth, is_unsaid } = candidate;
+            match document(self.blobs, &descriptor).await {
+                Ok(Document::Index(children)) => self.next.extend(best_last(children, depth + 1)),
+                Ok(Document::Manifest { config, layers }) => {
+                    return Ok(Some(Image { digest: descriptor.digest, layers, config, is_unsaid }));
+                }
+                // An image is pulled for one platform, so the others' manifests are not there.
+                Err(Fault::Missing(digest)) if depth > 0 => drop(self.missing.get_or_insert(digest)),
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(None)
+    }
+
+    /// As its index says, or else its config.
+    async fn is_for_us(&self, image: &Image) -> Result<bool, Fault> {
+        if !image.is_unsaid {
+            return Ok(true);
+        }
+        let text = small(self.blobs, &image.config).await?;
+        let platform =
+            Platform::of_config(&text).map_err(|why| Fault::Wrong(format!("{}: {why}", image.config.digest)))?;
+        Ok(platform.rank().is_some())
+    }
+
+    /// Nothing was found; perhaps because it is not there.
+    fn end<T>(self, nothing: T) -> Result<T, Fault> {
+        self.missing.map_or(Ok(nothing), |digest| Err(Fault::Missing(digest)))
+    }
 }
 
 async fn document(blobs: &impl Blobs, descriptor: &Descriptor) -> Result<Document, Fault> {
@@ -119,13 +172,6 @@ fn best_last(children: Vec<Descriptor>, depth: usize) -> impl Iterator<Item = Ca
         Candidate { descriptor, depth, is_unsaid }
     };
     ranked.into_iter().rev().map(candidate)
-}
-
-/// As its config says.
-async fn is_for_us(blobs: &impl Blobs, config: &Descriptor) -> Result<bool, Fault> {
-    let text = small(blobs, config).await?;
-    let platform = Platform::of_config(&text).map_err(|why| Fault::Wrong(format!("{}: {why}", config.digest)))?;
-    Ok(platform.rank().is_some())
 }
 
 async fn small(blobs: &impl Blobs, blob: &Descriptor) -> Result<Vec<u8>, Fault> {

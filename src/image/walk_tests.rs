@@ -46,6 +46,13 @@ impl Memory {
         self.put(digest, MANIFEST, &json!({ "config": config, "layers": layers }))
     }
 
+    /// All that could be run here.
+    fn all(&self, target: &Value) -> Result<Vec<String>, String> {
+        let target: Descriptor = serde_json::from_value(target.clone()).unwrap();
+        let found = futures::executor::block_on(images(self, target));
+        Ok(found.map_err(|fault| fault.about("image").to_string())?.into_iter().map(|image| image.digest).collect())
+    }
+
     fn walk(&self, target: &Value) -> Result<Vec<String>, String> {
         let target: Descriptor = serde_json::from_value(target.clone()).unwrap();
         let found = futures::executor::block_on(wasm_layers(self, target));
@@ -122,6 +129,32 @@ fn what_was_not_pulled_is_not_missed() {
 }
 
 #[test]
+fn all_that_could_run_here_is_found_once() {
+    let mut memory = Memory::default();
+    let [native, wasi, foreign] =
+        [("n", TAR), ("w", WASM), ("f", WASM)].map(|(name, layers)| memory.manifest(name, layers, &json!({})));
+    let silent = memory.manifest("s", WASM, &json!({ "os": "wasip1", "architecture": "wasm" }));
+    let elsewhere = memory.manifest("e", WASM, &json!({ "os": "linux", "architecture": "s390x" }));
+    let gone = json!({ "mediaType": MANIFEST, "digest": "gone", "size": 1 });
+    let children = [
+        silent,
+        elsewhere,
+        on(&wasi, "wasip1", "wasm"),
+        on(&foreign, "linux", "s390x"),
+        on(&gone, "wasip2", "wasm"),
+        on(&native, "linux", host()),
+        on(&wasi, "wasip2", "wasm"),
+    ];
+    let target = memory.index("i", &children);
+    assert_eq!(memory.all(&target).unwrap(), ["n", "w", "s"]);
+    assert_eq!(memory.all(&native).unwrap(), ["n"]);
+    let target = memory.index("i", &[on(&gone, "wasip1", "wasm"), on(&foreign, "linux", "s390x")]);
+    assert!(memory.all(&target).unwrap_err().contains("gone is not in containerd's content store"));
+    let target = memory.index("i", &[on(&foreign, "linux", "s390x")]);
+    assert!(memory.all(&target).unwrap().is_empty());
+}
+
+#[test]
 fn several_levels_are_read_and_a_tower_is_not() {
     let mut memory = Memory::default();
     let mut top = memory.manifest("m", WASM, &json!({}));
@@ -194,8 +227,9 @@ proptest! {
         memory.blobs.insert("c".into(), c);
         for (digest, kind) in [("a", INDEX), ("a", MANIFEST), ("b", MANIFEST), ("c", INDEX), ("c", MANIFEST)] {
             memory.reads.set(0);
-            let _ = memory.walk(&json!({ "mediaType": kind, "digest": digest, "size": 1 }));
-            prop_assert!(memory.reads.get() <= 2 * MAX_DOCUMENTS);
+            let target = json!({ "mediaType": kind, "digest": digest, "size": 1 });
+            let _ = (memory.walk(&target), memory.all(&target));
+            prop_assert!(memory.reads.get() <= 4 * MAX_DOCUMENTS);
         }
     }
 

@@ -1,15 +1,14 @@
-//! The modules behind one argument of `compile`.
-//!
-//! An argument that is no file could be the name of an image that containerd has: the place for that is [`modules`], and
-//! what it needs is a list of [`Found`].
+//! The modules behind one argument of `compile`: of the file or folder of this name, else of containerd's image.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use tokio::runtime::Runtime;
 
 use super::layout::Layout;
+use super::stored::Containerd;
 
 /// A module, or why it cannot be had.
 #[derive(Debug)]
@@ -22,37 +21,64 @@ pub struct Found {
 /// What a tar file has at this place, since 1988.
 const TAR: (usize, &[u8]) = (257, b"ustar");
 
-/// Everything that the argument names, none of it larger than `most` bytes.
-pub fn modules(argument: &Path, most: u64) -> Result<Vec<Found>> {
-    let name = argument.display().to_string();
-    let metadata = match fs::metadata(argument) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(
-            "no such file. Images are read from files, not from containerd: `ctr image export image.tar {name}`, then \
-             `compile image.tar`"
-        ),
-        Err(error) => return Err(error.into()),
-    };
-    let layout = if metadata.is_dir() {
-        Layout::folder(argument)
-    } else if !metadata.is_file() {
-        bail!("is not a regular file");
-    } else {
-        let mut file = File::open(argument)?;
-        if !is_tar(&file)? {
-            let wasm = limited(&mut file, metadata.len(), most);
-            return Ok(vec![Found { name, wasm }]);
+/// What looks for modules.
+pub struct Finder<'a> {
+    /// Asks containerd.
+    pub runtime: &'a Runtime,
+    pub containerd: Containerd,
+    /// The size that a module may have.
+    pub most: u64,
+}
+
+impl Finder<'_> {
+    /// Everything that the argument names, which is something.
+    pub fn modules(&self, argument: &Path) -> Result<Vec<Found>> {
+        let name = argument.display().to_string();
+        let mut found = match fs::metadata(argument) {
+            Ok(metadata) if metadata.is_dir() => in_layout(&Layout::folder(argument), self.most)?,
+            Ok(metadata) if metadata.is_file() => {
+                let mut file = File::open(argument)?;
+                if !is_tar(&file)? {
+                    let wasm = limited(&mut file, metadata.len(), self.most);
+                    return Ok(vec![Found { name, wasm }]);
+                }
+                in_layout(&Layout::tar(file)?, self.most)?
+            }
+            Ok(_) => bail!("is not a regular file"),
+            Err(error) if !is_absence(&error) => return Err(error.into()),
+            Err(_) => match image_name(argument) {
+                Some(image) => self
+                    .containerd
+                    .modules(self.runtime, image, self.most)
+                    .context("there is no such file, and as the name of an image")?,
+                None => bail!("there is no such file; as a path, it cannot be the name of an image either"),
+            },
+        };
+        if found.is_empty() {
+            bail!("holds no wasm module");
         }
-        Layout::tar(file)?
-    };
-    let mut found = layout.modules(most).context("as an OCI image layout")?;
-    if found.is_empty() {
-        bail!("holds no wasm module");
+        for module in &mut found {
+            module.name = format!("{name}:{}", module.name);
+        }
+        Ok(found)
     }
-    for module in &mut found {
-        module.name = format!("{name}:{}", module.name);
-    }
-    Ok(found)
+}
+
+fn in_layout(layout: &Layout, most: u64) -> Result<Vec<Found>> {
+    layout.modules(most).context("as an OCI image layout")
+}
+
+fn is_absence(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+/// Whoever writes a path, or a file's name, does not mean an image.
+fn image_name(argument: &Path) -> Option<&str> {
+    const FILES: [&str; 5] = ["wasm", "wat", "tar", "gz", "cwasm"];
+    let text = argument.to_str()?;
+    let extension = argument.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    let is_path = text.starts_with(['/', '.', '~']) || text.ends_with('/') || FILES.contains(&extension);
+    (!is_path).then_some(text)
 }
 
 fn is_tar(file: &File) -> io::Result<bool> {
@@ -76,4 +102,21 @@ pub fn limited(from: &mut impl io::Read, size: u64, most: u64) -> Result<Vec<u8>
         bail!("ends after {} of {size} bytes", bytes.len());
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_told_from_names() {
+        for name in ["app", "app:1", "docker.io/library/app:latest", "r:5000/app.wasm:1", "a@sha256:00", "a/b"] {
+            assert_eq!(image_name(Path::new(name)), Some(name));
+        }
+        for path in
+            ["/app", "./app", "../app", "app.wasm", "a/b.wat", "image.tar", "image.tar.gz", "folder/", "~/a", "."]
+        {
+            assert_eq!(image_name(Path::new(path)), None, "{path}");
+        }
+    }
 }

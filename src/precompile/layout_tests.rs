@@ -4,8 +4,10 @@ use std::io::Write as _;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 use tar::{Builder, EntryType, Header};
 
+use super::super::layers::{ZSTD, hex};
 use super::*;
 
 const MOST: u64 = 1 << 20;
@@ -133,6 +135,29 @@ fn a_module_beyond_the_limit_is_told_beside_the_others() {
     let found = found(&blobs.pack(&[image])).unwrap();
     assert!(found[0].wasm.as_ref().unwrap_err().to_string().contains("max_module_size"));
     assert!(found[1].wasm.is_ok());
+}
+
+#[test]
+fn no_image_fills_the_memory() {
+    let mut blobs = Blobs::default();
+    let large: Vec<_> = (0..6).map(|number| wasm(&number.to_string().repeat(MOST as usize - 8))).collect();
+    let names: Vec<_> = (0..6).map(|number| format!("{number}.wasm")).collect();
+    let files: Vec<_> = names.iter().zip(&large).map(|(name, wasm)| (name.as_str(), wasm.as_slice())).collect();
+    // Two lie in a file system, the others beside it.
+    let layers = large[2..].iter().map(|wasm| ("application/wasm", wasm.clone()));
+    let layers = std::iter::once((LAYER, gzip(&tar(&files[..2])))).chain(layers).collect();
+    let image = blobs.image(layers);
+    let (good, bad): (Vec<_>, Vec<_>) =
+        found(&blobs.pack(&[image])).unwrap().into_iter().partition(|found| found.wasm.is_ok());
+    assert_eq!((good.len(), bad.len()), (4, 2));
+    assert!(bad.iter().all(|bad| bad.wasm.as_ref().unwrap_err().to_string().contains("no room beside the others")));
+    let small = wasm("");
+    let names: Vec<_> = (0..1025).map(|number| number.to_string()).collect();
+    let files: Vec<_> = names.iter().map(|name| (name.as_str(), small.as_slice())).collect();
+    let mut blobs = Blobs::default();
+    let (fits, does_not) = (blobs.image(vec![(LAYER, tar(&files[..1024]))]), blobs.image(vec![(LAYER, tar(&files))]));
+    assert_eq!(found(&blobs.pack(&[fits])).unwrap().len(), 1024);
+    assert!(format!("{:#}", found(&blobs.pack(&[does_not])).unwrap_err()).contains("more than 1024 modules"));
 }
 
 #[test]

@@ -40,7 +40,8 @@ fn bytes(guest: &str) -> Result<Vec<u8>> {
     Ok(fs::read(guests::built(guest)?)?)
 }
 
-fn image_of(client: &Client<'_>, kind: Kind, name: &str, modules: &[&Path], options: &[&str]) -> Result<String> {
+/// Packs an image and imports it; returns its name.
+pub fn image_of(client: &Client<'_>, kind: Kind, name: &str, modules: &[&Path], options: &[&str]) -> Result<String> {
     let reference = format!("test.local/{name}:latest");
     let tar = image::pack_as(kind, name, modules, options)?;
     if kind == Kind::Rootfs {
@@ -92,7 +93,7 @@ fn files(containerd: &Containerd) -> Outcome {
 }
 
 /// What `ctr` of this version can do with an image of wasm layers.
-fn takes_layers(containerd: &Containerd) -> bool {
+pub fn takes_layers(containerd: &Containerd) -> bool {
     containerd.version != "1.6"
 }
 
