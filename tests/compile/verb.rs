@@ -121,14 +121,15 @@ async fn what_fails_is_named_and_the_rest_is_compiled() {
     let verb = Verb::new();
     let (good, bad) = (verb.file("good.wasm", &module(1)), verb.file("bad.wasm", &module(2)[..20]));
     let native = verb.file("native", b"\x7fELF\x02\x01\x01\0");
-    let output = verb.run(&[], &[&bad, Path::new("ghcr.io/a/b:latest"), &native, &good]);
+    let nobody = ["--address", "/nowhere/containerd.sock"];
+    let output = verb.run(&nobody, &[&bad, Path::new("ghcr.io/a/b:latest"), &native, &good]);
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(stdout.lines().count(), 1, "{stdout}");
     let lines: Vec<_> = stderr.lines().collect();
     for (line, (name, why)) in lines.iter().zip([
         ("bad.wasm", "not a valid WebAssembly program"),
-        ("ghcr.io/a/b:latest", "ctr image export"),
+        ("ghcr.io/a/b:latest", "connect to containerd at /nowhere/containerd.sock"),
         ("native", "is a Linux program (ELF)"),
     ]) {
         assert!(line.starts_with("troupe: ") && line.contains(name) && line.contains(why), "{line}");
