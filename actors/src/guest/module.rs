@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tokio_util::task::TaskTracker;
 
 use super::LoadError;
@@ -35,6 +36,8 @@ struct Shared<T> {
     shop: Arc<Workshop>,
     link: Link<T>,
     table: Mutex<HashMap<Key, Slot<T>>>,
+    /// What keeps programs loaded, by their addresses: one task each, however often they are started.
+    lingering: Mutex<HashMap<usize, AbortHandle>>,
     tasks: TaskTracker,
 }
 
@@ -52,8 +55,8 @@ impl<T: Send + Sync + 'static> Programs<T> {
     /// `link` is called on a blocking thread.
     pub fn new(engines: Engines, settings: CompileSettings, link: Link<T>) -> Self {
         let shop = Arc::new(Workshop::new(engines, settings));
-        let (table, tasks) = (Mutex::default(), TaskTracker::new());
-        Self { shared: Arc::new(Shared { shop, link, table, tasks }) }
+        let (table, lingering, tasks) = (Mutex::default(), Mutex::default(), TaskTracker::new());
+        Self { shared: Arc::new(Shared { shop, link, table, lingering, tasks }) }
     }
 
     /// The program with these bytes. `name` is what messages call it: its path in the image.
@@ -123,12 +126,18 @@ impl<T: Send + Sync + 'static> Shared<T> {
         if linger.is_zero() {
             return;
         }
-        let ending = self.shop.ending();
-        self.tasks.spawn(async move {
+        let (ending, address) = (self.shop.ending(), Arc::as_ptr(&program) as *const () as usize);
+        let task = self.tasks.spawn(async move {
             // Whichever comes first, it is let go.
             let _ = tokio::time::timeout(linger, ending.cancelled_owned()).await;
             drop(program);
         });
+        let mut lingering = self.lingering.lock().unwrap_or_else(PoisonError::into_inner);
+        lingering.retain(|_, task| !task.is_finished());
+        // The later start counts.
+        if let Some(earlier) = lingering.insert(address, task.abort_handle()) {
+            earlier.abort();
+        }
     }
 
     /// The one task for a key.
@@ -155,6 +164,24 @@ impl<T: Send + Sync + 'static> Shared<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn many_starts_of_one_program_keep_it_loaded_once() {
+        let mut settings = CompileSettings::new("/nonexistent/cache");
+        settings.linger = std::time::Duration::from_secs(24 * 3600);
+        let programs = Programs::new(Engines::new(), settings, |_, _, _| Ok(()));
+        let (one, other) = (Arc::new(()), Arc::new(()));
+        for _ in 0..100 {
+            programs.shared.linger(Arc::clone(&one));
+            programs.shared.linger(Arc::clone(&other));
+            tokio::task::yield_now().await;
+        }
+        tokio::task::yield_now().await;
+        assert_eq!(programs.shared.tasks.len(), 2);
+        assert_eq!((Arc::strong_count(&one), Arc::strong_count(&other)), (2, 2));
+        programs.close().await;
+        assert_eq!(Arc::strong_count(&one), 1);
+    }
 
     #[tokio::test]
     async fn what_is_refused_at_first_sight_starts_no_worker() {
