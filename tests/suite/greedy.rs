@@ -122,7 +122,8 @@ fn random_of_component(containerd: &Containerd) -> Outcome {
         // Not a single stretch of it was left out.
         ensure!(text.trim().as_bytes().chunks(64).all(|chunk| chunk.iter().any(|digit| *digit != b'0')));
     }
-    beside(&client, || {
+    // Over in a few ticks, and three clients start meanwhile: "nine of ten" would be the worst of them.
+    beside_within(&client, WORST, WORST, || {
         let greedy = (0..3).map(|_| client.guest("/kit-component.wasm", &["random", "70000000"])?.spawn());
         for job in greedy.collect::<Result<Vec<_>>>()? {
             let done = job.finish(SOON)?;
