@@ -60,6 +60,7 @@ clean: ## Remove the build (the caches in TROUPE_CACHE stay)
 packages: protoc
 	@.ci/packages curl:'a client of the http servers' openssl:'a server of https' wrk:'their load in the benches' \
 	  runc:'native containers beside the wasm ones' busybox-static:'what the native ones run' \
+	  containernetworking-plugins:'networks of pods' iproute2:'the same' dnsmasq-base:'their name server' iptables:'ports of pods on the node' \
 	  skopeo:'reads the images that are packed' umoci:'reads them, too' \
 	  debian-archive-keyring:'checks the containerds that are fetched'
 

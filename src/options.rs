@@ -18,12 +18,12 @@ use containerd_shim::protos::protobuf::CodedInputStream;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use troupe_actors::{HttpSettings, Settings, parse_bytes, parse_duration};
+use troupe_actors::{HttpSettings, Settings, SocketPolicy, parse_bytes, parse_duration};
 
 use crate::group::GroupKind;
 
 /// The keys of this shim, in the order the README lists them.
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 10] = [
     "group",
     "cache_dir",
     "cache_max_size",
@@ -32,6 +32,7 @@ const KEYS: [&str; 9] = [
     "compile_timeout",
     "compile_memory",
     "max_module_size",
+    "sockets",
     "log_level",
 ];
 
@@ -79,6 +80,8 @@ pub struct Options {
     pub compile_memory: u64,
     /// Largest wasm file that is read and compiled, in bytes.
     pub max_module_size: u64,
+    /// Whether guests may have sockets.
+    pub sockets: SocketPolicy,
     /// What servers are told unless they say otherwise: checked texts, by their keys.
     #[serde(default)]
     pub http: BTreeMap<String, String>,
@@ -107,6 +110,7 @@ impl Default for Options {
             max_module_size,
             idle_timeout,
             drain_timeout,
+            sockets,
             http,
         } = Settings::default();
         Self {
@@ -118,6 +122,7 @@ impl Default for Options {
             compile_timeout,
             compile_memory,
             max_module_size,
+            sockets,
             http,
             log_level: None,
         }
@@ -148,6 +153,7 @@ impl Options {
             max_module_size: self.max_module_size,
             idle_timeout: self.idle_timeout,
             drain_timeout: self.drain_timeout,
+            sockets: self.sockets,
             http: self.http.clone(),
         }
     }
@@ -190,6 +196,7 @@ impl Options {
             }
             "compile_memory" => self.compile_memory = bytes(value, 64 * MIB, MIB * MIB).with_context(named)?,
             "max_module_size" => self.max_module_size = bytes(value, 1024, 4096 * MIB).with_context(named)?,
+            "sockets" => self.sockets = string(value).and_then(|text| Ok(text.parse()?)).with_context(named)?,
             "log_level" => {
                 self.log_level = Some(
                     LogLevel::deserialize(value.clone())

@@ -35,7 +35,7 @@ fn nothing_set_means_the_defaults() {
 fn every_key_is_understood() {
     let options = parse(
         "group = \"pod\"\ncache_dir = \"/x\"\ncache_max_size = \"10GiB\"\nidle_timeout = \"1m\"\ndrain_timeout = \"3s\"\ncompile_timeout = \"90s\"\n\
-         compile_memory = \"1GiB\"\nmax_module_size = 1048576\nlog_level = \"debug\"\nhttp_request_timeout = \"5s\"\nhttp_backlog = 7",
+         compile_memory = \"1GiB\"\nmax_module_size = 1048576\nsockets = \"deny\"\nlog_level = \"debug\"\nhttp_request_timeout = \"5s\"\nhttp_backlog = 7",
     )
     .unwrap();
     let expected = Options {
@@ -47,6 +47,7 @@ fn every_key_is_understood() {
         compile_timeout: Duration::from_secs(90),
         compile_memory: 1 << 30,
         max_module_size: 1 << 20,
+        sockets: SocketPolicy::Deny,
         http: BTreeMap::from([
             ("http_request_timeout".to_owned(), "5s".to_owned()),
             ("http_backlog".to_owned(), "7".to_owned()),

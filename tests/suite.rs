@@ -37,6 +37,8 @@ mod suite {
     pub mod load;
     pub mod neighbours;
     pub mod packing;
+    pub mod pods;
+    pub mod pods_net;
     pub mod readme;
     pub mod recovery;
     pub mod restart;
@@ -85,6 +87,8 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("packing", suite::packing::CASES),
     ("readme", suite::readme::CASES),
 ];
+/// Over a containerd that makes pods.
+const IN_PODS: &[(&str, Cases)] = &[("pods", suite::pods::CASES), ("pods_net", suite::pods_net::CASES)];
 /// On the newest only: they are about the guest or the machine, and take long.
 const ON_NEWEST: &[(&str, Cases)] = &[
     ("http_guest", suite::http_guest::NEWEST),
@@ -111,11 +115,12 @@ fn main() -> ExitCode {
         eprintln!("the tests cannot run: {error:#}");
         return ExitCode::FAILURE;
     }
-    let shared = VERSIONS.map(|version| Arc::new(Shared::new(version)));
+    let shared = VERSIONS.map(|version| Arc::new(Shared::new(version, false)));
+    let nodes = VERSIONS.map(|version| Arc::new(Shared::new(version, true)));
     let can_swap = arguments.list || suite::http_swap::is_possible();
-    let conclusion = libtest_mimic::run(&arguments, trials(&shared, can_swap));
+    let conclusion = libtest_mimic::run(&arguments, trials(&shared, &nodes, can_swap));
     let mut clean = true;
-    for shared in &shared {
+    for shared in shared.iter().chain(&nodes) {
         if let Err(error) = shared.close() {
             eprintln!("{error:#}");
             clean = false;
@@ -137,10 +142,13 @@ fn prepare() -> Result<()> {
     base::create()
 }
 
-fn trials(shared: &[Arc<Shared>; 3], can_swap: bool) -> Vec<Trial> {
+fn trials(shared: &[Arc<Shared>; 3], nodes: &[Arc<Shared>; 3], can_swap: bool) -> Vec<Trial> {
     let mut trials = Vec::new();
     for shared in shared {
         trials.extend(OVER_CONTAINERD.iter().flat_map(|(file, cases)| over(shared, file, cases)));
+    }
+    for node in nodes {
+        trials.extend(IN_PODS.iter().flat_map(|(file, cases)| over(node, file, cases)));
     }
     if let Some(newest) = shared.last() {
         trials.extend(ON_NEWEST.iter().flat_map(|(file, cases)| over(newest, file, cases)));
@@ -182,19 +190,26 @@ fn is_all_gone() -> bool {
 /// The containerd of one version, started when first needed.
 struct Shared {
     version: &'static str,
+    makes_pods: bool,
     containerd: Mutex<Option<Arc<Containerd>>>,
 }
 
 impl Shared {
-    fn new(version: &'static str) -> Self {
-        Self { version, containerd: Mutex::default() }
+    fn new(version: &'static str, makes_pods: bool) -> Self {
+        Self { version, makes_pods, containerd: Mutex::default() }
     }
 
     fn get(&self) -> Result<Arc<Containerd>> {
         let mut containerd = self.containerd.lock().unwrap_or_else(PoisonError::into_inner);
         match &*containerd {
             Some(containerd) => Ok(Arc::clone(containerd)),
-            None => Ok(Arc::clone(containerd.insert(Arc::new(Containerd::start(self.version, self.version)?)))),
+            None => {
+                let started = match self.makes_pods {
+                    false => Containerd::start(self.version, self.version)?,
+                    true => Containerd::start_node(self.version, &format!("{}-node", self.version))?,
+                };
+                Ok(Arc::clone(containerd.insert(Arc::new(started))))
+            }
         }
     }
 

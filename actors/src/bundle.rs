@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespaceType, Process, Root, Spec};
 
 use crate::error::{Error, Result};
+use crate::pod::Role;
 
 /// A config.json larger than this is refused; 10,000 arguments of 100 bytes fit four times.
 const MAX_CONFIG: u64 = 4 << 20;
@@ -39,8 +40,11 @@ pub struct Bundle {
     pub memory_limit: Option<u64>,
     /// Annotations of the container.
     pub annotations: HashMap<String, String>,
-    /// The file that the spec mounts over /etc/hosts, on the host.
+    /// What it is to its pod.
+    pub role: Role,
+    /// The files that the spec mounts over /etc/hosts and /etc/resolv.conf, on the host.
     pub hosts: Option<PathBuf>,
+    pub resolv_conf: Option<PathBuf>,
 }
 
 /// What the spec says of one namespace.
@@ -120,8 +124,10 @@ impl Bundle {
             hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
             namespaces: namespaces(spec),
             memory_limit: memory_limit(spec),
+            role: Role::of(spec.annotations().as_ref().unwrap_or(&HashMap::new())),
             annotations: spec.annotations().clone().unwrap_or_default(),
             hosts: source_of(spec, "/etc/hosts"),
+            resolv_conf: source_of(spec, "/etc/resolv.conf"),
         })
     }
 }
@@ -204,7 +210,9 @@ impl Bundle {
             namespaces: Namespaces::default(),
             memory_limit: None,
             annotations: HashMap::new(),
+            role: Role::Alone,
             hosts: None,
+            resolv_conf: None,
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 /// Everything a user can set about one daemon. The edge fills it from the runtime options.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +24,8 @@ pub struct Settings {
     pub idle_timeout: Duration,
     /// How long containers have to end after SIGTERM to the daemon before they are cut off.
     pub drain_timeout: Duration,
+    /// Whether guests may have sockets.
+    pub sockets: SocketPolicy,
     /// What servers are told unless they say otherwise, by the keys of the runtime options (`http_…`).
     pub http: BTreeMap<String, String>,
 }
@@ -35,7 +40,36 @@ impl Default for Settings {
             max_module_size: 256 << 20,
             idle_timeout: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(10),
+            sockets: SocketPolicy::Allow,
             http: BTreeMap::new(),
+        }
+    }
+}
+
+/// Whether guests may have sockets of their own (wasi:sockets). Servers listen, and send requests, whatever it says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SocketPolicy {
+    /// As any container: in the pod's network, whatever that reaches.
+    #[default]
+    Allow,
+    /// No sockets, and no names.
+    Deny,
+}
+
+/// It is none of the two.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a policy for sockets; choose one of allow, deny")]
+pub struct NotASocketPolicy(String);
+
+impl FromStr for SocketPolicy {
+    type Err = NotASocketPolicy;
+
+    fn from_str(text: &str) -> Result<Self, NotASocketPolicy> {
+        match text {
+            "allow" => Ok(Self::Allow),
+            "deny" => Ok(Self::Deny),
+            other => Err(NotASocketPolicy(other.to_owned())),
         }
     }
 }

@@ -8,12 +8,12 @@
 //!   the table               one state machine
 //!                             │ prepares            │ runs
 //!                             ▼                     ▼
-//!              Bundle, RootFs, Anchor, Stdio    a command: guest::Run on the guests' runtime
+//!              Bundle, RootFs, Pod, Stdio       a command: guest::Run on the guests' runtime
 //!                                               a server:  http::Server on the workers
 //! ```
 //!
 //! Reading order: `supervisor` (the verbs), `container` (one life), `http` (servers), `guest` (wasm), `outgoing` (requests
-//! of guests), `pod` (namespaces and sockets); the leaves `bundle`, `image`, `mounts`, `stdio`, `signals`, `event`, `error`,
+//! of guests), `names` (of hosts), `pod` (namespaces and sockets); the leaves `bundle`, `image`, `mounts`, `stdio`, `signals`, `event`, `error`,
 //! `config`, `units` as they come up. A module names only what stands after it in that list.
 
 mod bundle;
@@ -21,11 +21,14 @@ mod config;
 mod container;
 mod error;
 mod event;
+mod files;
 pub mod guest;
+mod host;
 mod http;
 mod id;
 mod image;
 mod mounts;
+mod names;
 mod outgoing;
 mod pod;
 mod signals;
@@ -33,7 +36,7 @@ mod stdio;
 mod supervisor;
 mod units;
 
-pub use config::Settings;
+pub use config::{Settings, SocketPolicy};
 pub use container::{Blueprint, Exit, Handle, Phase, Usage};
 pub use error::{Error, Result};
 pub use event::{Event, EventKind, Events};

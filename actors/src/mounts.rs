@@ -13,6 +13,7 @@ use rustix::mount::{
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::error::{Error, Result};
+use crate::host;
 
 /// One mount of the root filesystem, as containerd's snapshotter describes it.
 #[derive(Debug, Clone, Default)]
@@ -37,11 +38,25 @@ pub struct RootFs {
 /// # Errors
 /// When the kernel refuses (not root).
 pub fn isolate() -> Result<()> {
+    host::remember().map_err(|e| Error::host("open /", e))?;
     // SAFETY: `CLONE_NEWNS` separates no memory and no descriptor table; the process has one thread, so no other thread
     // can see a working directory or root change under it.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(|e| Error::host("make a mount namespace", e))?;
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
-        .map_err(|e| Error::host("make / a slave mount", e))
+        .map_err(|e| Error::host("make / a slave mount", e))?;
+    forget_networks();
+    Ok(())
+}
+
+/// Lets go of the pods' networks that are mounted now. Where the host's mounts are not shared, nobody would do it later, and
+/// a network lives as long as a mount of it.
+fn forget_networks() {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let networks = table.lines().filter(|line| line.contains(" - nsfs "));
+    for mount in networks.filter_map(|line| line.split(' ').nth(4)) {
+        // One that stays is the host's to worry about.
+        let _gone = unmount(mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+    }
 }
 
 impl RootFs {

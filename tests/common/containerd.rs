@@ -18,22 +18,28 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::events::Events;
+use super::node::{self, Node};
 use super::{SOON, base, ctr::Client, proc, wait};
 
 /// The versions every case runs on: what Debian's bookworm, trixie and sid ship.
 pub const VERSIONS: [&str; 3] = ["1.6", "1.7", "2.1"];
 
-/// Plugins that tests do not need and that would look at, or write to, the machine: CRI wants a network, `opt` writes
-/// to /opt, the rest are snapshotters of file systems that are not there. Names a version does not know are ignored.
-const DISABLED: [&str; 18] = [
+/// What makes pods: it wants a network.
+const OF_PODS: [&str; 5] = [
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
     "io.containerd.cri.v1.runtime",
     "io.containerd.podsandbox.controller.v1.podsandbox",
+    // Part of CRI since 1.7; switched off by its own setting where CRI is on.
+    "io.containerd.nri.v1.nri",
+];
+
+/// Plugins that tests do not need and that would look at, or write to, the machine: `opt` writes to /opt, the rest are
+/// snapshotters of file systems that are not there. Names a version does not know are ignored.
+const DISABLED: [&str; 13] = [
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.restart",
     "io.containerd.monitor.container.v1.restart",
-    "io.containerd.nri.v1.nri",
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
     "io.containerd.snapshotter.v1.aufs",
@@ -54,6 +60,8 @@ pub struct Containerd {
     pub version: &'static str,
     folder: PathBuf,
     programs: PathBuf,
+    /// Where it makes pods, if it does.
+    node: Option<Node>,
     daemon: Mutex<Option<Child>>,
     events: Mutex<Option<Events>>,
 }
@@ -61,11 +69,20 @@ pub struct Containerd {
 impl Containerd {
     /// Starts one in a folder `name` of the base.
     pub fn start(version: &'static str, name: &str) -> Result<Self> {
+        Self::start_on(version, name, None)
+    }
+
+    /// Starts one that makes pods, in a network of its own.
+    pub fn start_node(version: &'static str, name: &str) -> Result<Self> {
+        Self::start_on(version, name, Some(Node::create(&base::folder(name)?)?))
+    }
+
+    fn start_on(version: &'static str, name: &str, node: Option<Node>) -> Result<Self> {
         let programs = programs(version)?;
         let folder = base::folder(name)?;
         base::link_shim(&folder.join("bin"))?;
-        fs::write(folder.join("config.toml"), config(&folder))?;
-        let containerd = Self { version, folder, programs, daemon: Mutex::default(), events: Mutex::default() };
+        fs::write(folder.join("config.toml"), config(&folder, node.is_some()))?;
+        let containerd = Self { version, folder, programs, node, daemon: Mutex::default(), events: Mutex::default() };
         fs::write(containerd.options(), containerd.default_options())?;
         containerd.launch()?;
         Ok(containerd)
@@ -82,6 +99,10 @@ impl Containerd {
 
     pub fn cache(&self) -> PathBuf {
         self.folder.join("cache")
+    }
+
+    pub fn node(&self) -> Option<&Node> {
+        self.node.as_ref()
     }
 
     pub fn folder(&self) -> &Path {
@@ -114,7 +135,11 @@ impl Containerd {
             std::env::var("PATH").unwrap_or_default()
         );
         let log = File::options().create(true).append(true).open(self.log_file())?;
-        let child = Command::new(self.programs.join("containerd"))
+        let program = self.programs.join("containerd");
+        let child = self
+            .node
+            .as_ref()
+            .map_or_else(|| Command::new(&program), |node| node.command(&program))
             .arg("--config")
             .arg(self.folder.join("config.toml"))
             .env("PATH", path)
@@ -209,6 +234,7 @@ impl Containerd {
         });
         let left: Vec<String> = self.shim_processes().into_iter().map(proc::cmdline).collect();
         self.stop()?;
+        self.node.as_ref().map_or(Ok(()), Node::remove)?;
         let mounts = proc::mounts_below(&self.folder)?;
         if idle.is_err() || !mounts.is_empty() {
             bail!("containerd {} left processes {left:?} and mounts {mounts:?}", self.version);
@@ -255,10 +281,12 @@ pub fn cache_folder() -> Result<PathBuf> {
     }
 }
 
-fn config(folder: &Path) -> String {
+fn config(folder: &Path, makes_pods: bool) -> String {
+    let pods = if makes_pods { node::containerd_config(folder) } else { String::new() };
+    let disabled: Vec<_> = DISABLED.iter().chain(OF_PODS.iter().filter(|_| !makes_pods)).collect();
     let folder = folder.display();
     format!(
-        "version = 2\nroot = \"{folder}/root\"\nstate = \"{folder}/state\"\ndisabled_plugins = {DISABLED:?}\n\
-         [grpc]\naddress = \"{folder}/c.sock\"\n[debug]\nlevel = \"info\"\n"
+        "version = 2\nroot = \"{folder}/root\"\nstate = \"{folder}/state\"\ndisabled_plugins = {disabled:?}\n\
+         [grpc]\naddress = \"{folder}/c.sock\"\n[debug]\nlevel = \"info\"\n{pods}"
     )
 }

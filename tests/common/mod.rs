@@ -3,6 +3,7 @@
 //! ```text
 //! suite ── containerd (private, one a version) ── ctr (one namespace of it) ── image, guests
 //!       │                                         └─ site (a container that serves) ── http (its clients)
+//!       ├─ cri (a kubelet: pods, in the network of a node)
 //!       ├─ api (containerd's own, for what `ctr` cannot make)
 //!       └─ shim (the bare binary: bundles, ttrpc, recorded events)
 //!                          both ── job (a child process, its output), wait (deadlines), proc (what /proc says)
@@ -13,12 +14,14 @@
 pub mod api;
 pub mod base;
 pub mod containerd;
+pub mod cri;
 pub mod ctr;
 pub mod events;
 pub mod guests;
 pub mod http;
 pub mod image;
 pub mod job;
+pub mod node;
 pub mod proc;
 pub mod recorder;
 pub mod shim;

@@ -122,7 +122,7 @@ impl Container {
             id,
             bundle: blueprint.bundle,
             stdio: blueprint.stdio,
-            pid: held.anchor.tid(),
+            pid: held.pod.tid(),
             phase: phase_seen,
             stdin,
             budget,

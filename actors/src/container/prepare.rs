@@ -2,7 +2,6 @@
 //!
 //! Runs as a task, never in a handler. What it made is either in the [`Prepared`] it returns or gone again.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,15 +9,19 @@ use super::program;
 use super::work::Work;
 use crate::ContainerId;
 use crate::bundle::Bundle;
-use crate::config::Settings;
+use crate::config::{Settings, SocketPolicy};
 use crate::error::{Error, Result};
-use crate::guest::{Budget, CpuTime, Entry, Environment, LoadError, Program, Run, Stage};
+use crate::guest::{Budget, CpuTime, Entry, Environment, LoadError, Program, Run, Sockets, Stage};
 use crate::http::{self, HttpSettings};
 use crate::image::Images;
 use crate::mounts::{Mount, RootFs};
+use crate::names::{NameFiles, Names};
 use crate::outgoing::ClientSettings;
-use crate::pod::Anchor;
+use crate::pod::{Membership, Network, Pods, Role};
 use crate::stdio::{Keeper, Stdio, StdioPaths};
+
+/// The annotation of a container that is to have no sockets.
+const SOCKETS: &str = "troupe.dev/sockets";
 
 /// What a container is made of.
 #[derive(Debug, Clone)]
@@ -45,7 +48,7 @@ pub struct Prepared {
 /// What a container holds on the host until it is deleted. Dropping it blocks shortly.
 #[derive(Debug)]
 pub struct Held {
-    pub anchor: Anchor,
+    pub pod: Membership,
     /// None without a root filesystem, or when the program cannot see it.
     pub rootfs: Option<RootFs>,
 }
@@ -71,16 +74,26 @@ impl Held {
 ///
 /// # Errors
 /// With the file and the cause; nothing is left behind.
-pub async fn prepare(id: ContainerId, blueprint: Blueprint, stage: &Stage, http: &http::Common) -> Result<Prepared> {
+pub async fn prepare(
+    id: ContainerId,
+    blueprint: Blueprint,
+    stage: &Stage,
+    http: &http::Common,
+    pods: &Arc<Pods>,
+) -> Result<Prepared> {
     let settings = Arc::clone(&blueprint.settings);
-    let name = id.clone();
-    let (bundle, source, stdio, mut held) = tokio::task::spawn_blocking(move || on_the_host(&name, &blueprint))
-        .await
-        .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
-    let stdin = stdio.stdin_keeper();
+    let (name, pods) = (id.clone(), Arc::clone(pods));
+    let (Found { bundle, program, stdio }, mut held) =
+        tokio::task::spawn_blocking(move || on_the_host(&name, &blueprint, &pods))
+            .await
+            .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
     let (budget, cpu) = (Budget::new(bundle.memory_limit), Arc::<CpuTime>::default());
+    let Some(source) = program else {
+        return Ok(Prepared { work: Work::Sandbox, stdin: None, budget, cpu, held });
+    };
+    let stdin = stdio.stdin_keeper();
     let parts = Parts { id, bundle, stdio, budget: Arc::clone(&budget), cpu: Arc::clone(&cpu) };
-    match parts.work(source, &settings.http, &mut held, stage, http).await {
+    match parts.work(source, &settings, &mut held, stage, http).await {
         Ok(work) => Ok(Prepared { work, stdin, budget, cpu, held }),
         Err(error) => {
             held.release().await;
@@ -102,13 +115,13 @@ impl Parts {
     async fn work(
         self,
         source: program::Source,
-        options: &BTreeMap<String, String>,
+        defaults: &Settings,
         held: &mut Held,
         stage: &Stage,
         http: &http::Common,
     ) -> Result<Work> {
         // A mistake in a server's settings does not concern a command that happens to have such a variable.
-        let settings = HttpSettings::resolve(options, &self.bundle.annotations, &self.bundle.env);
+        let settings = HttpSettings::resolve(&defaults.http, &self.bundle.annotations, &self.bundle.env);
         let bounds = settings.as_ref().map(|settings| settings.bounds_checks).unwrap_or_default();
         let refused = |error: LoadError| Error::Program(error.to_string());
         let program = stage.programs.load(&source.name, source.wasm, bounds).await.map_err(refused)?;
@@ -117,34 +130,62 @@ impl Parts {
             held.unmount().await;
         }
         let entry = program.entry(source.export.as_deref()).map_err(|e| refused(e.about(&source.name)))?;
+        let (network, names) = (held.pod.network(), Arc::new(self.names(held)));
+        let sockets = match self.socket_policy(defaults.sockets)? {
+            SocketPolicy::Allow => Sockets::allowed(network.clone(), Arc::clone(&names)),
+            SocketPolicy::Deny => Sockets::denied(),
+        };
         match entry {
-            Entry::Serve => self.server(program, settings.map_err(Error::Invalid)?, held, http).await,
+            Entry::Serve => {
+                let settings = settings.map_err(Error::Invalid)?;
+                let environment = environment(&self.bundle, held, sockets, |name| !HttpSettings::is_variable(name));
+                self.server(program, settings, environment, (network, names), http)
+            }
             Entry::Export { .. } | Entry::Run | Entry::Function { .. } => {
-                let environment = environment(&self.bundle, held, |_| true);
+                let environment = environment(&self.bundle, held, sockets, |_| true);
                 let Self { stdio, budget, cpu, .. } = self;
                 Ok(Work::Command(Box::new(Run { program, entry, environment, stdio, budget, cpu })))
             }
         }
     }
 
-    async fn server(
+    fn names(&self, held: &Held) -> Names {
+        let files = NameFiles {
+            rootfs: held.rootfs.as_ref().map(|rootfs| rootfs.path().to_owned()),
+            hosts: self.bundle.hosts.clone(),
+            resolv_conf: self.bundle.resolv_conf.clone(),
+        };
+        Names::new(files, held.pod.network())
+    }
+
+    /// Who denies has the last word: a pod may be stricter than its runtime class, never more generous.
+    fn socket_policy(&self, default: SocketPolicy) -> Result<SocketPolicy> {
+        match self.bundle.annotations.get(SOCKETS) {
+            Some(text) => {
+                let asked = text.parse().map_err(|e| Error::invalid(format!("annotation {SOCKETS}: {e}")))?;
+                Ok(if default == SocketPolicy::Deny { default } else { asked })
+            }
+            None => Ok(default),
+        }
+    }
+
+    fn server(
         self,
         program: Arc<Program>,
         settings: HttpSettings,
-        held: &Held,
+        environment: Environment,
+        (network, names): (Network, Arc<Names>),
         http: &http::Common,
     ) -> Result<Work> {
-        let network = held.anchor.network();
-        let socket = network.bind(settings.socket_addr).await?;
+        let socket = network.bind(settings.socket_addr)?;
         let workers = http.workers().map_err(|e| Error::host("start the threads that serve connections", e))?;
-        let environment = environment(&self.bundle, held, |name| !HttpSettings::is_variable(name));
         let certificates = self.bundle.env.iter().find(|(name, _)| name == "SSL_CERT_FILE");
         let client = ClientSettings {
             container: self.id.clone(),
             policy: settings.outgoing.clone(),
             network,
+            names,
             rootfs: environment.root.clone(),
-            hosts: self.bundle.hosts.clone(),
             certificates: certificates.map(|(_, path)| path.into()),
         };
         let Self { id, stdio, budget, cpu, .. } = self;
@@ -156,20 +197,33 @@ impl Parts {
 }
 
 /// What the guest sees of its container; `shows` decides about its variables.
-fn environment(bundle: &Bundle, held: &Held, shows: impl Fn(&str) -> bool) -> Environment {
+fn environment(bundle: &Bundle, held: &Held, sockets: Sockets, shows: impl Fn(&str) -> bool) -> Environment {
     Environment {
         args: bundle.args.clone(),
         env: bundle.env.iter().filter(|(name, _)| shows(name)).cloned().collect(),
         cwd: bundle.cwd.to_string_lossy().into_owned(),
         root: held.rootfs.as_ref().map(|rootfs| rootfs.path().to_owned()),
         readonly: bundle.readonly,
+        sockets,
     }
 }
 
+/// What the blocking half found.
+struct Found {
+    bundle: Bundle,
+    /// None of a pod's sandbox: its image is there for those who need a program to keep a pod.
+    program: Option<program::Source>,
+    stdio: Stdio,
+}
+
 /// The blocking half, cheap refusals first.
-fn on_the_host(id: &ContainerId, blueprint: &Blueprint) -> Result<(Bundle, program::Source, Stdio, Held)> {
+fn on_the_host(id: &ContainerId, blueprint: &Blueprint, pods: &Arc<Pods>) -> Result<(Found, Held)> {
     let mut bundle = Bundle::load(&blueprint.bundle)?;
     let stdio = Stdio::open(&blueprint.stdio)?;
+    if bundle.role == Role::Sandbox {
+        let pod = pods.enter(id, &bundle)?;
+        return Ok((Found { bundle, program: None, stdio }, Held { pod, rootfs: None }));
+    }
     let has_root = !blueprint.rootfs.is_empty() || bundle.has_root();
     let mount = || RootFs::mount(&bundle.path, &bundle.root, &blueprint.rootfs, bundle.readonly);
     let rootfs = has_root.then(mount).transpose()?;
@@ -179,6 +233,6 @@ fn on_the_host(id: &ContainerId, blueprint: &Blueprint) -> Result<(Bundle, progr
         // No program expects to be without a name.
         bundle.args.push(source.name.clone());
     }
-    let anchor = Anchor::start(&bundle.namespaces, bundle.hostname.as_deref())?;
-    Ok((bundle, source, stdio, Held { anchor, rootfs }))
+    let pod = pods.enter(id, &bundle)?;
+    Ok((Found { bundle, program: Some(source), stdio }, Held { pod, rootfs }))
 }

@@ -1,4 +1,4 @@
-//! What a container does once it is started: a command, or a server.
+//! What a container does once it is started: a command, a server, or, as a pod's sandbox, nothing.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -16,6 +16,8 @@ pub enum Work {
     Command(Box<Run>),
     /// With its socket, bound in the pod's network.
     Server(Box<http::Plan>, OwnedFd),
+    /// The pod's namespaces are there: that is all.
+    Sandbox,
 }
 
 impl Work {
@@ -31,6 +33,18 @@ impl Work {
                 Ok(runtime.spawn(async move { run.drive(&stage.ticker, signals).await }))
             }
             Self::Server(plan, socket) => plan.begin(socket, stage, signals),
+            Self::Sandbox => Ok(stage.runtime.spawn(sandbox(signals))),
         }
+    }
+}
+
+/// Waits to be stopped, as the pause program does that others run for this.
+async fn sandbox(mut signals: watch::Receiver<Signals>) -> Outcome {
+    let signal = signals.wait_for(|signals| signals.count > 0).await.map(|signals| signals.first);
+    match signal.ok().and_then(|signal| rustix::process::Signal::from_named_raw(signal.into())) {
+        Some(rustix::process::Signal::TERM | rustix::process::Signal::INT) => Outcome::Exited(0),
+        Some(signal) => Outcome::Killed(u8::try_from(signal.as_raw()).unwrap_or_default()),
+        // The owner is gone without a word: the process is being torn down.
+        None => Outcome::Killed(u8::try_from(rustix::process::Signal::KILL.as_raw()).unwrap_or_default()),
     }
 }

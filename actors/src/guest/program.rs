@@ -11,6 +11,7 @@ use super::engine::{Engines, Kind};
 use super::exit::ProcExit;
 use super::proxy::Server;
 use super::random;
+use super::sockets;
 use super::store::Guest;
 
 /// A program, ready to be instantiated at the price of a memory and a stack.
@@ -114,7 +115,8 @@ impl Program {
             .and_then(|()| match kind {
                 Kind::Concurrent => wasmtime_wasi::p3::add_to_linker(&mut linker),
                 Kind::Command | Kind::Http(_) => Ok(()),
-            });
+            })
+            .and_then(|()| sockets::link(&mut linker, kind));
         linked.map_err(|e| LoadError::internal(format!("WASI cannot be linked: {e:#}")))?;
         let pre = linker.instantiate_pre(component).map_err(|e| missing(&e))?;
         let p3 = || wasmtime_wasi::p3::bindings::CommandPre::new(pre.clone()).ok().map(Command::P3);
@@ -125,9 +127,17 @@ impl Program {
 
 /// An import that leads to files: without paths and preopened folders a preview-1 module has none.
 fn is_of_files(import: &str) -> bool {
-    ["path_", "fd_prestat", "wasi:filesystem/", "wasi:http/outgoing", "wasi:http/client", "wasi:http/handler"]
-        .iter()
-        .any(|start| import.starts_with(start))
+    [
+        "path_",
+        "fd_prestat",
+        "wasi:filesystem/",
+        "wasi:sockets/ip-name",
+        "wasi:http/outgoing",
+        "wasi:http/client",
+        "wasi:http/handler",
+    ]
+    .iter()
+    .any(|start| import.starts_with(start))
 }
 
 /// The bug of ours that a test asks for.

@@ -9,6 +9,7 @@ use wasmtime_wasi::{FsPerms, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_config::{WasiConfig, WasiConfigVariables};
 
 use super::limits::{Budget, Meter};
+use super::sockets::{HasSockets, Sockets};
 use crate::error::{Error, Result};
 use crate::stdio::{Reader, Streams, Writer};
 
@@ -33,6 +34,8 @@ pub struct Environment {
     pub root: Option<PathBuf>,
     /// Whether `/` may only be read.
     pub readonly: bool,
+    /// What it may do with the network.
+    pub sockets: Sockets,
 }
 
 impl Environment {
@@ -59,6 +62,12 @@ impl Guest {
 
     pub(super) fn config(&mut self) -> WasiConfig<'_> {
         WasiConfig::new(self.config.get_or_insert_with(|| self.environment.variables()))
+    }
+}
+
+impl HasSockets for Guest {
+    fn of_container(&self) -> Sockets {
+        self.environment.sockets.clone()
     }
 }
 
@@ -96,6 +105,7 @@ fn wasi(env: &Environment, streams: &Streams) -> Result<WasiP1Ctx> {
         builder.stdin(Reader(Arc::clone(stdin)));
     }
     builder.stdout(Writer(Arc::clone(&streams.stdout))).stderr(Writer(Arc::clone(&streams.stderr)));
+    env.sockets.set_up(&mut builder);
     if let Some(root) = &env.root {
         let permissions = if env.readonly { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
         builder

@@ -22,6 +22,7 @@ use super::engine::Kind;
 use super::epoch::{CpuTime, TICK};
 use super::hooks::Hooks;
 use super::limits::{Budget, Meter};
+use super::sockets::{self, HasSockets, Sockets};
 use super::store::{Environment, MAX_RANDOM, MAX_RESOURCES};
 use crate::stdio::{Lines, Output};
 
@@ -85,8 +86,10 @@ pub(super) fn link(linker: &mut Linker<Visitor>, kind: Kind) -> wasmtime::Result
     wasmtime_wasi_config::add_to_linker(linker, Visitor::config)?;
     if kind == Kind::Concurrent {
         wasmtime_wasi::p3::add_to_linker(linker)?;
-        return wasmtime_wasi_http::p3::add_to_linker(linker);
+        wasmtime_wasi_http::p3::add_to_linker(linker)?;
+        return sockets::link(linker, kind);
     }
+    sockets::link(linker, kind)?;
     // These need less than all of WASI.
     linker.allow_shadowing(true);
     io::error::add_to_linker::<Visitor, Table>(linker, Visitor::table)?;
@@ -103,6 +106,12 @@ struct Table;
 
 impl HasData for Table {
     type Data<'a> = &'a mut ResourceTable;
+}
+
+impl HasSockets for Visitor {
+    fn of_container(&self) -> Sockets {
+        self.host.environment.sockets.clone()
+    }
 }
 
 impl WasiView for Visitor {
@@ -164,7 +173,7 @@ pub(super) fn is_spinning() -> bool {
 }
 
 fn context(host: &Host, request: Option<u64>, with_files: bool) -> WasiCtx {
-    let Environment { args, env, cwd, root, readonly } = &host.environment;
+    let Environment { args, env, cwd, root, readonly, sockets } = &host.environment;
     let mut builder = WasiCtxBuilder::new();
     builder.args(args).envs(env).initial_cwd(cwd).max_random_size(MAX_RANDOM);
     if let Some(request) = request {
@@ -173,6 +182,7 @@ fn context(host: &Host, request: Option<u64>, with_files: bool) -> WasiCtx {
     let prefix = request.filter(|_| host.log_request_id).map(|request| format!("[{request}] "));
     let lines = |output: &Arc<Output>| Lines::new(Arc::clone(output), prefix.clone());
     builder.stdout(lines(&host.stdout)).stderr(lines(&host.stderr));
+    sockets.set_up(&mut builder);
     if let Some(root) = root.as_ref().filter(|_| with_files) {
         let permissions = if *readonly { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
         if let Err(error) = builder.preopened_dir(root, "/", permissions) {

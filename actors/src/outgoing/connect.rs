@@ -1,7 +1,7 @@
 //! One connection: name, socket, TCP, TLS, all before one deadline.
 //!
 //! ```text
-//!  pool ─ Uri ─▶ Connector ─▶ permit ─▶ Resolver ─▶ Network::socket ─▶ connect ─▶ (https) TLS ─▶ stream
+//!  pool ─ Uri ─▶ Connector ─▶ permit ─▶ Names ─▶ Network::socket ─▶ connect ─▶ (https) TLS ─▶ stream
 //! ```
 //! The addresses of a name are tried in order, each with an equal part of the time that is left, so that a dead first one
 //! does not use it up. Only the pool of `outgoing` calls this; its errors are [`Failure`]s from the start.
@@ -25,9 +25,9 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tower_service::Service;
 
 use super::failure::{BoxError, Failure};
-use super::resolve::Resolver;
 use super::trust::Trust;
 use super::{CONNECT_TIMEOUT, ClientSettings, endpoint};
+use crate::names::Names;
 use crate::pod::Network;
 
 /// Connections of one container at once, idle ones included: descriptors are the whole process's.
@@ -46,16 +46,16 @@ pub(super) struct Connector(Arc<Parts>);
 
 struct Parts {
     network: Network,
-    resolver: Resolver,
+    names: Arc<Names>,
     trust: Trust,
     permits: Arc<Semaphore>,
 }
 
 impl Connector {
     pub(super) fn new(settings: &ClientSettings) -> Self {
-        let ClientSettings { network, rootfs, hosts, certificates, .. } = settings.clone();
+        let ClientSettings { network, names, rootfs, certificates, .. } = settings.clone();
         Self(Arc::new(Parts {
-            resolver: Resolver::new(rootfs.clone(), hosts, network.is_host()),
+            names,
             trust: Trust::new(rootfs, certificates),
             permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             network,
@@ -124,10 +124,12 @@ impl Tcp {
         let permit = timeout_at(self.deadline, Arc::clone(&self.parts.permits).acquire_owned()).await;
         let permit = permit.map_err(|_| Failure::TooManyConnections)?;
         let permit = permit.map_err(|e| Failure::Internal(e.to_string()))?;
-        let addresses = timeout_at(self.deadline, self.parts.resolver.resolve(host, port)).await;
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let addresses = timeout_at(self.deadline, self.parts.names.lookup(bare)).await;
         let addresses = addresses.map_err(|_| Failure::DnsTimeout)??;
         let mut failure = Failure::Dns(format!("{host}: the name has no address"));
-        for (addr, rest) in addresses.iter().zip((1..=addresses.len()).rev()) {
+        for (address, rest) in addresses.iter().zip((1..=addresses.len()).rev()) {
+            let addr = SocketAddr::new(*address, port);
             let share =
                 self.deadline.saturating_duration_since(Instant::now()) / u32::try_from(rest).unwrap_or(u32::MAX);
             match timeout(share, self.dial(addr)).await {
@@ -140,8 +142,8 @@ impl Tcp {
         Err(failure)
     }
 
-    async fn dial(&self, addr: &SocketAddr) -> io::Result<TcpStream> {
-        self.parts.network.socket(addr).await?.connect(*addr).await
+    async fn dial(&self, addr: SocketAddr) -> io::Result<TcpStream> {
+        self.parts.network.socket(&addr)?.connect(addr).await
     }
 }
 
@@ -210,6 +212,7 @@ mod tests {
 
     use super::*;
     use crate::ContainerId;
+    use crate::names::NameFiles;
 
     #[tokio::test]
     async fn a_container_has_no_more_connections_than_its_share() {
@@ -217,8 +220,8 @@ mod tests {
             container: ContainerId::new("test", "connect"),
             policy: Default::default(),
             network: Network::host(),
+            names: Arc::new(Names::new(NameFiles { rootfs: None, hosts: None, resolv_conf: None }, Network::host())),
             rootfs: None,
-            hosts: None,
             certificates: None,
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -8,6 +8,8 @@ use std::io;
 
 use rustix::io::Errno;
 
+use crate::names::LookupError;
+
 /// A boxed error.
 pub type BoxError = Box<dyn StdError + Send + Sync>;
 
@@ -70,6 +72,15 @@ pub enum Failure {
     Configuration(String),
     #[error("internal error: {0}")]
     Internal(String),
+}
+
+impl From<LookupError> for Failure {
+    fn from(error: LookupError) -> Self {
+        match error {
+            LookupError::Timeout(_) => Self::DnsTimeout,
+            LookupError::NotFound(_) | LookupError::Failed { .. } => Self::Dns(error.to_string()),
+        }
+    }
 }
 
 impl Failure {

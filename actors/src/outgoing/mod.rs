@@ -13,9 +13,7 @@ mod body;
 mod connect;
 mod exchange;
 mod failure;
-mod files;
 mod policy;
-mod resolve;
 mod trust;
 
 #[cfg(test)]
@@ -33,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::ContainerId;
+use crate::names::Names;
 use crate::pod::Network;
 use body::Upload;
 use connect::Connector;
@@ -73,10 +72,10 @@ pub struct ClientSettings {
     pub policy: OutgoingPolicy,
     /// Where its sockets are made.
     pub network: Network,
-    /// Its root filesystem on the host, for the hosts file and the certificates of its image.
+    /// Where its names are looked up.
+    pub names: Arc<Names>,
+    /// Its root filesystem on the host, for the certificates of its image.
     pub rootfs: Option<PathBuf>,
-    /// What the spec mounts over its /etc/hosts, on the host.
-    pub hosts: Option<PathBuf>,
     /// `SSL_CERT_FILE` of its environment.
     pub certificates: Option<PathBuf>,
 }

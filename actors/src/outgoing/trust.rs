@@ -14,7 +14,7 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::sync::OnceCell;
 
 use super::failure::Failure;
-use super::files;
+use crate::files;
 
 /// Where distributions keep their bundle: Debian, Alpine and their kin; Fedora and its kin.
 const BUNDLES: [&str; 2] = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"];

@@ -1,25 +1,25 @@
 //! Sockets in the network of a pod.
 //!
 //! ```text
-//!  host's network    Network ── socket(), bind(), listen() ──▶ at once, here
-//!  pod's network     Network ── job ──▶ anchor thread ── the same calls ──▶ answer
+//!  host's network    Network ── socket(), bind() ──▶ at once
+//!  pod's network     Network ── setns() ── the same calls ── setns() ──▶
 //! ```
-//! A socket belongs for good to the network of the thread that made it, and any thread may poll it. So the calls that make
-//! one go to the anchor's thread, and nothing else does. Servers and outgoing requests ask; no call here blocks.
+//! Servers, outgoing requests, name look-ups and the guests' own sockets are made here; no call blocks.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use tokio::net::TcpSocket;
 
-use super::anchor::Door;
+use super::netns::NetNs;
 use crate::error::{Error, Result};
 
 /// The network of a pod. Does not keep it: once the pod's anchor is gone, every call fails.
 #[derive(Debug, Clone)]
-pub struct Network(Option<Door>);
+pub struct Network(Option<Weak<NetNs>>);
 
 impl Network {
     /// The host's network: there is no other to go to.
@@ -27,22 +27,38 @@ impl Network {
         Self(None)
     }
 
-    /// The one behind `door`.
-    pub(super) fn behind(door: Door) -> Self {
-        Self(Some(door))
-    }
-
-    /// Whether it is the host's, so that the host's own name look-up is the right one.
+    /// Whether it is the host's.
     pub fn is_host(&self) -> bool {
         self.0.is_none()
+    }
+
+    /// That of a pod that is gone.
+    #[cfg(test)]
+    pub fn nowhere() -> Self {
+        Self(Some(Weak::new()))
+    }
+
+    pub(super) fn of(netns: &Arc<NetNs>) -> Self {
+        Self(Some(Arc::downgrade(netns)))
+    }
+
+    /// Runs `job` with this network as the thread's own: for system calls that do not block, never across an `.await`.
+    ///
+    /// # Errors
+    /// `NotConnected` when the pod is gone, or the kernel's refusal; `job` has not run then.
+    pub fn inside<T>(&self, job: impl FnOnce() -> T) -> io::Result<T> {
+        match &self.0 {
+            None => Ok(job()),
+            Some(netns) => netns.upgrade().ok_or_else(gone)?.inside(job),
+        }
     }
 
     /// A socket of this address, not blocking, on which [`listen`] makes a server.
     ///
     /// # Errors
     /// `Host` with the address and the cause.
-    pub async fn bind(&self, addr: SocketAddr) -> Result<OwnedFd> {
-        let bound = self.make(move || bound(&addr)).await;
+    pub fn bind(&self, addr: SocketAddr) -> Result<OwnedFd> {
+        let bound = self.inside(|| bound(&addr)).and_then(|bound| Ok(bound?));
         bound.map_err(|e| Error::host(format!("listen on {addr}"), e))
     }
 
@@ -50,36 +66,38 @@ impl Network {
     ///
     /// # Errors
     /// The kernel's refusal, `NotConnected` when the pod is gone.
-    pub async fn socket(&self, peer: &SocketAddr) -> io::Result<TcpSocket> {
-        let family = family(peer);
-        let fd = self.make(move || fresh(family).and_then(|fd| prompt(&fd).map(|()| fd))).await?;
+    pub fn socket(&self, peer: &SocketAddr) -> io::Result<TcpSocket> {
+        let fd = self.inside(|| fresh(family(peer), SocketType::STREAM))??;
+        // Small writes leave at once: both ends of HTTP wait for each other.
+        sockopt::set_tcp_nodelay(&fd, true)?;
         Ok(TcpSocket::from_std_stream(TcpStream::from(fd)))
     }
 
-    async fn make(&self, job: impl FnOnce() -> rustix::io::Result<OwnedFd> + Send + 'static) -> io::Result<OwnedFd> {
-        match &self.0 {
-            None => Ok(job()?),
-            Some(door) => Ok(door.run(job).await??),
-        }
+    /// A socket for datagrams, bound to `addr`. Call within a runtime's reach.
+    ///
+    /// # Errors
+    /// The kernel's refusal, `NotConnected` when the pod is gone.
+    pub fn datagrams(&self, addr: &SocketAddr) -> io::Result<tokio::net::UdpSocket> {
+        let fd = self.inside(|| fresh(family(addr), SocketType::DGRAM))??;
+        rustix::net::bind(&fd, addr)?;
+        tokio::net::UdpSocket::from_std(UdpSocket::from(fd))
     }
+}
+
+fn gone() -> io::Error {
+    io::Error::new(io::ErrorKind::NotConnected, "the pod is gone")
 }
 
 fn family(addr: &SocketAddr) -> AddressFamily {
     if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
 }
 
-fn fresh(family: AddressFamily) -> rustix::io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(family, SocketType::STREAM, flags, None)
-}
-
-/// Small writes leave at once: both ends of HTTP wait for each other.
-fn prompt(fd: &OwnedFd) -> rustix::io::Result<()> {
-    sockopt::set_tcp_nodelay(fd, true)
+fn fresh(family: AddressFamily, kind: SocketType) -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
 fn bound(addr: &SocketAddr) -> rustix::io::Result<OwnedFd> {
-    let fd = fresh(family(addr))?;
+    let fd = fresh(family(addr), SocketType::STREAM)?;
     // A restarted container takes its port back although connections of its predecessor linger.
     sockopt::set_socket_reuseaddr(&fd, true)?;
     rustix::net::bind(&fd, addr)?;
@@ -108,7 +126,7 @@ mod tests {
     }
 
     async fn listening(network: &Network, addr: SocketAddr) -> Result<TcpListener> {
-        listen(network.bind(addr).await?, addr, 8)
+        listen(network.bind(addr)?, addr, 8)
     }
 
     #[tokio::test]
@@ -117,7 +135,7 @@ mod tests {
         let addr = listener.local_addr().unwrap();
         assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-        let socket = Network::host().socket(&addr).await.unwrap();
+        let socket = Network::host().socket(&addr).unwrap();
         let (accepted, connected) = tokio::join!(listener.accept(), socket.connect(addr));
         assert_eq!(accepted.unwrap().1, connected.unwrap().local_addr().unwrap());
     }
@@ -138,7 +156,6 @@ mod tests {
             anchor => anchor.unwrap(),
         };
         let (pod, host) = (anchor.network(), Network::host());
-        assert!(host.is_host() && !pod.is_host());
         let on_host = listening(&host, "0.0.0.0:0".parse().unwrap()).await.unwrap();
         // The same port twice: in two networks.
         let addr = on_host.local_addr().unwrap();
@@ -146,12 +163,12 @@ mod tests {
         assert_eq!(in_pod.local_addr().unwrap(), addr);
         // No interface of the new network is up, so there is no way to anywhere.
         let peer = SocketAddr::from(([127, 0, 0, 1], addr.port()));
-        assert!(pod.socket(&peer).await.unwrap().connect(peer).await.is_err());
-        assert!(host.socket(&peer).await.unwrap().connect(peer).await.is_ok());
+        assert!(pod.socket(&peer).unwrap().connect(peer).await.is_err());
+        assert!(host.socket(&peer).unwrap().connect(peer).await.is_ok());
 
         tokio::task::spawn_blocking(move || drop(anchor)).await.unwrap();
-        let error = pod.bind(any()).await.unwrap_err().to_string();
+        let error = pod.bind(any()).unwrap_err().to_string();
         assert_eq!(error, "listen on 127.0.0.1:0: the pod is gone");
-        assert_eq!(pod.socket(&peer).await.unwrap_err().kind(), io::ErrorKind::NotConnected);
+        assert_eq!(pod.socket(&peer).unwrap_err().kind(), io::ErrorKind::NotConnected);
     }
 }

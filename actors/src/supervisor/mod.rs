@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::event::{EventKind, Events};
 use crate::guest::Stage;
 use crate::http;
+use crate::pod::Pods;
 
 /// containerd sends a burst of verbs for every container of a node; the default of 16 would make the edge wait.
 const MAILBOX: usize = 1024;
@@ -36,6 +37,7 @@ pub struct Supervisor {
     count: watch::Sender<usize>,
     stage: Arc<Stage>,
     http: Arc<http::Common>,
+    pods: Arc<Pods>,
     events: Events,
     draining: bool,
 }
@@ -56,7 +58,18 @@ impl Supervisor {
     /// A supervisor of nothing yet. The receiver counts its containers.
     pub fn new(stage: Arc<Stage>, events: Events) -> (Self, watch::Receiver<usize>) {
         let (count, seen) = watch::channel(0);
-        (Self { table: HashMap::new(), count, stage, http: Arc::default(), events, draining: false }, seen)
+        (
+            Self {
+                table: HashMap::new(),
+                count,
+                stage,
+                http: Arc::default(),
+                pods: Arc::default(),
+                events,
+                draining: false,
+            },
+            seen,
+        )
     }
 
     fn live(&self, id: &ContainerId, verb: &'static str) -> Result<&Live> {
@@ -106,9 +119,9 @@ impl Handler<Create> for Supervisor {
         if let Err(refused) = self.reserve(&id) {
             return Box::pin(fut::ready(Err(refused)));
         }
-        let (stage, http, began) = (Arc::clone(&self.stage), Arc::clone(&self.http), Instant::now());
-        let (plan, name) = (blueprint.clone(), id.clone());
-        let prepared = async move { prepare(name, plan, &stage, &http).await };
+        let (stage, http, pods) = (Arc::clone(&self.stage), Arc::clone(&self.http), Arc::clone(&self.pods));
+        let (plan, name, began) = (blueprint.clone(), id.clone(), Instant::now());
+        let prepared = async move { prepare(name, plan, &stage, &http, &pods).await };
         Box::pin(prepared.into_actor(self).map(move |prepared, act, _| {
             let prepared = prepared.inspect_err(|error| {
                 tracing::warn!(container = %id, %error, "not created");

@@ -16,17 +16,24 @@ use http_body_util::{BodyExt, Empty, Full};
 use tokio::time::timeout;
 
 use super::*;
+use crate::names::NameFiles;
 
 /// Longer than anything here takes; the tests wait for events, not for this.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Names of an image at `rootfs`.
+fn names(rootfs: Option<&std::path::Path>, network: Network) -> std::sync::Arc<Names> {
+    let files = NameFiles { rootfs: rootfs.map(Into::into), hosts: None, resolv_conf: None };
+    std::sync::Arc::new(Names::new(files, network))
+}
 
 fn settings(policy: &str) -> ClientSettings {
     ClientSettings {
         container: ContainerId::new("test", "outgoing"),
         policy: policy.parse().unwrap(),
         network: Network::host(),
+        names: names(None, Network::host()),
         rootfs: None,
-        hosts: None,
         certificates: None,
     }
 }

@@ -160,7 +160,7 @@ async fn what_is_not_allowed_is_not_even_connected_to() {
 async fn the_next_address_of_a_name_is_tried() {
     let server = http(|_| async { answer("hello") }).await;
     let root = image("/etc/hosts", "127.0.0.2 web\n127.0.0.1 web.\n");
-    let client = Client::new(&ClientSettings { rootfs: Some(root.path().into()), ..settings("web") });
+    let client = Client::new(&ClientSettings { names: names(Some(root.path()), Network::host()), ..settings("web") });
     let request = get(format!("http://WEB:{}/", server.addr.port()));
     assert_eq!(text(send(&client, request).await.unwrap()).await.unwrap(), "hello");
 }
@@ -170,7 +170,7 @@ async fn a_silent_address_leaves_time_for_the_next() {
     let server = http(|_| async { answer("hello") }).await;
     let (silent, _full) = full(&format!("127.0.0.2:{}", server.addr.port())).await;
     let root = image("/etc/hosts", "127.0.0.2 web\n127.0.0.1 web\n");
-    let client = Client::new(&ClientSettings { rootfs: Some(root.path().into()), ..settings("all") });
+    let client = Client::new(&ClientSettings { names: names(Some(root.path()), Network::host()), ..settings("all") });
     let request = get(format!("http://web:{}/", silent.port()));
     let exchange = send_in(&client, request, short(1_000, 60_000, 60_000)).await.unwrap();
     assert_eq!(text(exchange).await.unwrap(), "hello");
@@ -187,10 +187,11 @@ async fn a_pods_requests_stay_in_its_network() {
         return;
     }
     let addr = "127.0.0.1:0".parse().unwrap();
-    let listener = crate::pod::listen(anchor.network().bind(addr).await.unwrap(), addr, 8).unwrap();
+    let listener = crate::pod::listen(anchor.network().bind(addr).unwrap(), addr, 8).unwrap();
     let listener = tokio::net::TcpListener::from_std(listener).unwrap();
     let inside = serving(listener, |stream| connection(stream, |_| async { answer("inside") }));
-    let pod = Client::new(&ClientSettings { network: anchor.network(), ..settings("all") });
+    let (network, names) = (anchor.network(), names(None, anchor.network()));
+    let pod = Client::new(&ClientSettings { network, names, ..settings("all") });
     assert_eq!(text(send(&pod, get(url(inside.addr))).await.unwrap()).await.unwrap(), "inside");
     let named = get(format!("http://localhost:{}/", inside.addr.port()));
     assert_eq!(text(send(&pod, named).await.unwrap()).await.unwrap(), "inside");

@@ -1,4 +1,4 @@
-//! Small files of a container's image: its hosts file, its certificates.
+//! Small files of a container's image: its hosts file, its name servers, its certificates.
 //!
 //! An image is not to be trusted with the daemon's time and memory: nothing but a regular file is read, never more of it
 //! than asked for, and no link leads out of the root filesystem. Blocks: for blocking threads.
@@ -17,7 +17,7 @@ const READ: OFlags = OFlags::RDONLY.union(OFlags::NONBLOCK).union(OFlags::NOCTTY
 ///
 /// # Errors
 /// `NotFound` when there is no such file, `InvalidInput` when it is no regular one.
-pub(super) fn read_in(rootfs: &Path, path: &Path, limit: u64) -> io::Result<(Vec<u8>, bool)> {
+pub fn read_in(rootfs: &Path, path: &Path, limit: u64) -> io::Result<(Vec<u8>, bool)> {
     let root = open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let flags = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     read(openat2(root, path, READ, Mode::empty(), flags)?, limit)
@@ -27,7 +27,7 @@ pub(super) fn read_in(rootfs: &Path, path: &Path, limit: u64) -> io::Result<(Vec
 ///
 /// # Errors
 /// As [`read_in`].
-pub(super) fn read_at(path: &Path, limit: u64) -> io::Result<(Vec<u8>, bool)> {
+pub fn read_at(path: &Path, limit: u64) -> io::Result<(Vec<u8>, bool)> {
     read(open(path, READ, Mode::empty())?, limit)
 }
 
