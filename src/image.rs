@@ -1,8 +1,8 @@
 //! Modules out of images without a root filesystem: OCI wasm artifacts, and images with wasm layers.
 //!
 //! ```text
-//!   container ─▶ its image's name ─▶ target ─▶ index ─▶ … ─▶ manifest ─▶ wasm layers ─▶ the one ─▶ bytes, checked
-//!     (store.rs: containers, images, content)  (walk.rs, document.rs)     (choose.rs)
+//!   container ─▶ its image's name ─▶ target ─▶ index ─▶ … ─▶ manifest ─▶ wasm layers ─▶ the one ─▶ its size, asked for
+//!     (store.rs: containers, images, content)  (walk.rs, document.rs)     (choose.rs)       ─▶ bytes, checked, if needed
 //! ```
 //! Everything is asked of containerd, over its gRPC socket, and only for a container whose root filesystem does not hold
 //! the program. So each question has a connection, a runtime and a deadline of its own, and a process that runs ordinary
@@ -17,10 +17,11 @@ mod store;
 mod walk;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use troupe_actors::{ContainerId, Error, ImageModule, Images, Result, Wanted};
+use troupe_actors::{ContainerId, Content, Error, ImageModule, Images, Result, Wanted};
 
 pub use document::Descriptor;
 pub use store::{Incoming, Store};
@@ -33,35 +34,51 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The images that a containerd holds.
 #[derive(Debug)]
 pub struct ContainerdImages {
-    /// containerd's gRPC socket.
-    socket: PathBuf,
+    containerd: Containerd,
     /// Turns true when the process leaves.
     leaving: watch::Sender<bool>,
+}
+
+/// Where to ask, and until when.
+#[derive(Debug, Clone)]
+struct Containerd {
+    /// containerd's gRPC socket.
+    socket: PathBuf,
+    leaving: watch::Receiver<bool>,
 }
 
 impl ContainerdImages {
     /// Nothing is asked, nor connected to, before a container needs it.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), leaving: watch::Sender::new(false) }
+        let (leaving, told) = watch::channel(false);
+        Self { containerd: Containerd { socket: socket.into(), leaving: told }, leaving }
     }
 
     /// Ends all questions that are on their way; later ones fail.
     pub fn close(&self) {
         self.leaving.send_replace(true);
     }
+}
 
-    async fn ask(&self, container: &ContainerId, wanted: &Wanted) -> Result<Option<ImageModule>> {
-        let mut leaving = self.leaving.subscribe();
-        tokio::select! {
-            answer = tokio::time::timeout(PATIENCE, self.find(container, wanted)) => {
-                answer.unwrap_or_else(|_| Err(late("read its image from containerd", PATIENCE)))
+impl Containerd {
+    /// Asks, on a thread that may block: neither guests nor the control plane wait for containerd or a hash.
+    fn ask<T>(&self, question: impl Future<Output = Result<T>>) -> Result<T> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|e| Error::host("a runtime to ask containerd with", e))?;
+        let mut leaving = self.leaving.clone();
+        runtime.block_on(async {
+            tokio::select! {
+                answer = tokio::time::timeout(PATIENCE, question) => {
+                    answer.unwrap_or_else(|_| Err(late("read its image from containerd", PATIENCE)))
+                }
+                _ = leaving.wait_for(|leaving| *leaving) => Err(Error::ShuttingDown),
             }
-            _ = leaving.wait_for(|leaving| *leaving) => Err(Error::ShuttingDown),
-        }
+        })
     }
 
     async fn find(&self, container: &ContainerId, wanted: &Wanted) -> Result<Option<ImageModule>> {
-        let began = Instant::now();
         let store = Store::connect(&self.socket, container.namespace()).await?;
         let Some(image) = store.image_of(container.id()).await? else { return Ok(None) };
         let about = |why: String| Error::Program(format!("image {image}: {why}"));
@@ -70,16 +87,56 @@ impl ContainerdImages {
         if layers.is_empty() {
             return Ok(None);
         }
-        let layer = choose::choose(&layers, wanted).map_err(about)?;
-        let name = choose::name(layer, wanted);
-        if layer.size > wanted.max_size {
-            let why = format!("has {} bytes, more than the max_module_size of {}", layer.size, wanted.max_size);
+        let blob = choose::choose(&layers, wanted).map_err(about)?;
+        let name = choose::name(blob, wanted);
+        if blob.size > wanted.max_size {
+            let why = format!("has {} bytes, more than the max_module_size of {}", blob.size, wanted.max_size);
             return Err(about(format!("{name}: {why}")));
         }
-        let wasm = store.read(layer).await.map_err(|error| error.about(&image))?;
+        let sum = blob.sum().map_err(about)?;
+        // Whether it is read or not: this namespace has it, and it is as large as it says.
+        store.check(blob).await.map_err(|error| error.about(&image))?;
+        let (containerd, blob) = (self.clone(), blob.clone());
+        let namespace = container.namespace().to_owned();
+        Ok(Some(ImageModule { name, content: Arc::new(Layer { containerd, namespace, image, blob, sum }) }))
+    }
+}
+
+/// A wasm layer that containerd holds.
+#[derive(Debug)]
+struct Layer {
+    containerd: Containerd,
+    namespace: String,
+    /// For messages.
+    image: String,
+    blob: Descriptor,
+    sum: [u8; 32],
+}
+
+impl Layer {
+    async fn bytes(&self) -> Result<Vec<u8>> {
+        let began = Instant::now();
+        let store = Store::connect(&self.containerd.socket, &self.namespace).await?;
+        let wasm = store.read(&self.blob).await.map_err(|error| error.about(&self.image))?;
         let elapsed_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        tracing::info!(%container, image, layer = layer.digest, bytes = wasm.len(), elapsed_us, "read from a layer");
-        Ok(Some(ImageModule { name, wasm }))
+        tracing::info!(
+            image = self.image,
+            layer = self.blob.digest,
+            bytes = wasm.len(),
+            elapsed_us,
+            "read from a layer"
+        );
+        Ok(wasm)
+    }
+}
+
+impl Content for Layer {
+    fn digest(&self) -> [u8; 32] {
+        self.sum
+    }
+
+    fn read(&self) -> Result<Vec<u8>> {
+        self.containerd.ask(self.bytes())
     }
 }
 
@@ -87,12 +144,7 @@ const GONE: &str = "it is not in containerd any more; pull or import it again";
 
 impl Images for ContainerdImages {
     fn module(&self, container: &ContainerId, wanted: &Wanted) -> Result<Option<ImageModule>> {
-        // The caller's thread is one that may block: neither guests nor the control plane wait for containerd or a hash.
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|e| Error::host("a runtime to ask containerd with", e))?;
-        runtime.block_on(self.ask(container, wanted))
+        self.containerd.ask(self.containerd.find(container, wanted))
     }
 }
 

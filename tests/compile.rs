@@ -6,6 +6,8 @@
 mod cache;
 #[path = "compile/disk.rs"]
 mod disk;
+#[path = "compile/layers.rs"]
+mod layers;
 #[path = "compile/support.rs"]
 mod support;
 #[path = "compile/verb.rs"]

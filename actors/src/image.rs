@@ -5,14 +5,15 @@
 
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use crate::ContainerId;
 use crate::error::Result;
 
 /// The images of the containers.
 pub trait Images: fmt::Debug + Send + Sync {
-    /// The module that a container wants of its image; `None` when no layer of the image is wasm. Blocks, with a deadline
-    /// of its own: for blocking threads.
+    /// The module that a container wants of its image, found and not read yet; `None` when no layer of the image is wasm.
+    /// Blocks, with a deadline of its own: for blocking threads.
     ///
     /// # Errors
     /// `Program` when the image is at fault, or has no single answer; `Host` when containerd cannot be asked.
@@ -30,12 +31,25 @@ pub struct Wanted {
     pub max_size: u64,
 }
 
-/// A module out of an image, its digest checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A module of an image.
+#[derive(Debug, Clone)]
 pub struct ImageModule {
     /// What messages call it.
     pub name: String,
-    pub wasm: Vec<u8>,
+    pub content: Arc<dyn Content>,
+}
+
+/// The bytes of a module, where they lie. Their digest tells whether they have to be read at all: code that was compiled
+/// from the same bytes may be at hand.
+pub trait Content: fmt::Debug + Send + Sync {
+    /// The SHA-256 of the bytes, as the image's manifest lists it.
+    fn digest(&self) -> [u8; 32];
+
+    /// The bytes, which have this digest. Blocks, with a deadline of its own.
+    ///
+    /// # Errors
+    /// As [`Images::module`].
+    fn read(&self) -> Result<Vec<u8>>;
 }
 
 /// The path from `/` on, without `.` and `..`. By its words only: there is no file system to ask about links.

@@ -42,7 +42,7 @@ pub use error::{Error, Result};
 pub use event::{Event, EventKind, Events};
 pub use http::HttpSettings;
 pub use id::ContainerId;
-pub use image::{ImageModule, Images, Wanted, absolute};
+pub use image::{Content, ImageModule, Images, Wanted, absolute};
 pub use mounts::{Mount, isolate};
 pub use stdio::StdioPaths;
 pub use supervisor::{Create, Delete, Drain, Drained, Find, Kill, List, Start, Supervisor};

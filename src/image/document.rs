@@ -75,6 +75,19 @@ impl Descriptor {
         Ok(hex)
     }
 
+    /// The digest itself.
+    ///
+    /// # Errors
+    /// As [`Descriptor::hex`].
+    pub fn sum(&self) -> Result<[u8; 32], String> {
+        let hex = self.hex()?;
+        let mut sum = [0; 32];
+        for (byte, digits) in sum.iter_mut().zip(hex.as_bytes().chunks(2)) {
+            *byte = digits.iter().fold(0, |byte, digit| byte << 4 | (*digit as char).to_digit(16).unwrap_or(0) as u8);
+        }
+        Ok(sum)
+    }
+
     /// The name of the file that the layer was made of.
     pub fn title(&self) -> Option<&str> {
         self.annotations.as_ref()?.get(TITLE).map(String::as_str).filter(|title| !title.is_empty())

@@ -3,6 +3,7 @@
 //! Invariant: every answer is awaited for [`ANSWER`] at most, and no blob is handed on whose size or digest is not what its
 //! descriptor says.
 
+use std::cmp::Ordering;
 use std::error::Error as StdError;
 use std::future::Future;
 use std::io;
@@ -12,7 +13,9 @@ use std::time::Duration;
 use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::images_client::ImagesClient;
-use containerd_client::services::v1::{GetContainerRequest, GetImageRequest, ReadContentRequest, ReadContentResponse};
+use containerd_client::services::v1::{
+    GetContainerRequest, GetImageRequest, InfoRequest, ReadContentRequest, ReadContentResponse,
+};
 use containerd_client::tonic::metadata::{Ascii, MetadataValue};
 use containerd_client::tonic::transport::{Channel, Endpoint};
 use containerd_client::tonic::{Code, Request, Response, Status, Streaming};
@@ -103,6 +106,22 @@ impl Store {
         Ok(Incoming { digest: blob.digest.clone(), stream })
     }
 
+    /// Sees that a blob is there and has the size that it is said to have, without reading it.
+    ///
+    /// # Errors
+    /// `Missing`, `Wrong`, or `Host` as above.
+    pub async fn check(&self, blob: &Descriptor) -> Result<(), Fault> {
+        let mut client = ContentClient::new(self.channel.clone());
+        let request = self.request(InfoRequest { digest: blob.digest.clone() });
+        let info = answer("ask containerd for the image's content", client.info(request)).await?;
+        let info = info.and_then(|answer| answer.info).ok_or_else(|| Fault::Missing(blob.digest.clone()))?;
+        match u64::try_from(info.size).unwrap_or(u64::MAX).cmp(&blob.size) {
+            Ordering::Equal => Ok(()),
+            Ordering::Greater => Err(wrong(blob, "has more")),
+            Ordering::Less => Err(wrong(blob, "has less")),
+        }
+    }
+
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert("containerd-namespace", self.namespace.clone());
@@ -164,7 +183,7 @@ impl<'a> Arriving<'a> {
     fn take(&mut self, chunk: &[u8]) -> Result<(), Fault> {
         let room = self.blob.size.saturating_sub(self.bytes.len() as u64);
         if chunk.len() as u64 > room {
-            return Err(self.wrong("has more"));
+            return Err(wrong(self.blob, "has more"));
         }
         self.hash.update(chunk);
         self.bytes.extend_from_slice(chunk);
@@ -173,7 +192,7 @@ impl<'a> Arriving<'a> {
 
     fn end(self) -> Result<Vec<u8>, Fault> {
         if (self.bytes.len() as u64) < self.blob.size {
-            return Err(self.wrong("has less"));
+            return Err(wrong(self.blob, "has less"));
         }
         let digest: String = self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         if digest != self.expected {
@@ -184,10 +203,10 @@ impl<'a> Arriving<'a> {
         }
         Ok(self.bytes)
     }
+}
 
-    fn wrong(&self, has: &str) -> Fault {
-        Fault::Wrong(format!("{}: it {has} than the {} bytes it is said to have", self.blob.digest, self.blob.size))
-    }
+fn wrong(blob: &Descriptor, has: &str) -> Fault {
+    Fault::Wrong(format!("{}: it {has} than the {} bytes it is said to have", blob.digest, blob.size))
 }
 
 /// An answer in time; `None` for "there is no such thing".

@@ -108,9 +108,10 @@ fn in_the_middle(containerd: &Containerd) -> Outcome {
     let task = shim.task(&shim.bundle_of(&plan.id, &shim::spec(&words))?)?;
     let cut = |words: &str| expect_code("create", task.create(), Code::UNKNOWN, words);
     // After the container's record, in the content, and once more: nothing of the attempt before is left.
-    for bytes in [0, 2000, MIB, 3 * MIB] {
+    let (looking, reading) = ("the image's layers cannot be looked at: ", "read the image's content from containerd: ");
+    for (bytes, words) in [(0, looking), (300, looking), (MIB, reading), (3 * MIB, reading)] {
         proxy.allow(bytes, false);
-        cut("the image's layers cannot be looked at: ")?;
+        cut(words)?;
     }
     let began = Instant::now();
     proxy.allow(2 * MIB, true);

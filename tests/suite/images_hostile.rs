@@ -15,6 +15,7 @@ pub const CASES: crate::common::Cases = &[
     ("documents_that_lie_are_refused", documents),
     ("layers_that_lie_are_refused", layers),
     ("what_is_damaged_on_disk_is_refused", damaged),
+    ("code_of_others_needs_their_layer", stolen),
     ("what_is_gone_is_named", gone),
     ("a_module_above_the_limit_is_not_read", too_large),
 ];
@@ -136,11 +137,26 @@ fn damaged(containerd: &Containerd) -> Outcome {
         }
         fs::write(&file, &module)?;
         api.container(IMAGE, &["/", "exit", "3"]).expect(3)?;
-        fs::remove_file(&file)?;
-        api.container(IMAGE, &["/"]).expect_error(&[IMAGE])?;
+        // Nobody needs it any more: its code was compiled from what its digest says.
+        for content in [&other[..], b""] {
+            fs::write(&file, content)?;
+            api.container(IMAGE, &["/", "exit", "3"]).expect(3)?;
+        }
         fs::write(&file, &module)?;
         Ok(())
     })
+}
+
+/// A digest is no secret: an image that lists somebody else's must not run their module.
+fn stolen(containerd: &Containerd) -> Outcome {
+    let (owner, thief) = (Api::connect(containerd, "owner")?, Api::connect(containerd, "thief")?);
+    let layer = owner.layer(WASM, "app.wasm", &[&kit()?[..], b"\0\x05\x04mine"].concat())?;
+    owner.name(IMAGE, &owner.manifest(vec![layer.clone()])?)?;
+    owner.container(IMAGE, &["/", "exit", "3"]).expect(3)?;
+    thief.name(IMAGE, &thief.manifest(vec![layer])?)?;
+    thief.container(IMAGE, &["/"]).expect_error(&["is not in containerd's content store"])?;
+    owner.client.expect_empty()?;
+    thief.client.expect_empty()
 }
 
 fn gone(containerd: &Containerd) -> Outcome {

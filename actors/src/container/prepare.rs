@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::program;
+use super::program::{self, Wasm};
 use super::work::Work;
 use crate::ContainerId;
 use crate::bundle::Bundle;
@@ -123,10 +123,14 @@ impl Parts {
         // A mistake in a server's settings does not concern a command that happens to have such a variable.
         let settings = HttpSettings::resolve(&defaults.http, &self.bundle.annotations, &self.bundle.env);
         let bounds = settings.as_ref().map(|settings| settings.bounds_checks).unwrap_or_default();
-        let refused = |error: LoadError| Error::Program(error.to_string());
-        let program = stage.programs.load(&source.name, source.wasm, bounds).await.map_err(refused)?;
+        let (name, is_layer) = (&source.name, matches!(source.wasm, Wasm::Layer(_)));
+        let program = match source.wasm {
+            Wasm::File(wasm) => stage.programs.load(name, wasm, bounds).await,
+            Wasm::Layer(content) => stage.programs.load_layer(name, content, bounds).await,
+        };
+        let program = program.map_err(refused)?;
         // What is mounted then is but the empty root that containerd makes for such an image.
-        if source.is_layer && !program.uses_files() {
+        if is_layer && !program.uses_files() {
             held.unmount().await;
         }
         let entry = program.entry(source.export.as_deref()).map_err(|e| refused(e.about(&source.name)))?;
@@ -193,6 +197,13 @@ impl Parts {
         let name = id.to_string();
         let plan = http::Plan { name, settings, program, environment, stdio, budget, cpu, client, workers, slots };
         Ok(Work::Server(Box::new(plan), socket))
+    }
+}
+
+fn refused(error: LoadError) -> Error {
+    match error {
+        LoadError::Unreachable { file, why } => Error::host(file, std::io::Error::other(why)),
+        error => Error::Program(error.to_string()),
     }
 }
 

@@ -10,6 +10,7 @@
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
 
@@ -17,26 +18,32 @@ use super::entrypoint::Entrypoint;
 use crate::ContainerId;
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
-use crate::image::Images;
+use crate::image::{Content, Images};
 
 /// Entries of `/` that are looked at when the entrypoint names no file.
 const MAX_ENTRIES: usize = 10_000;
 
-/// A wasm file, read.
+/// A wasm file, found.
 #[derive(Debug)]
 pub struct Source {
     /// Its name, for messages.
     pub name: String,
     /// `export` of `app.wasm#export`.
     pub export: Option<String>,
-    /// The file.
-    pub wasm: Vec<u8>,
-    /// It is no file of the root filesystem.
-    pub is_layer: bool,
+    pub wasm: Wasm,
 }
 
-/// Reads the module that the first argument names, or the only one when it names none: from the root filesystem, if the
-/// container has one and it is there, else from the image's layers. Blocks.
+/// Where it was found.
+#[derive(Debug)]
+pub enum Wasm {
+    /// In the root filesystem; read.
+    File(Vec<u8>),
+    /// In a layer of the image, whose digest says whether it has to be read.
+    Layer(Arc<dyn Content>),
+}
+
+/// Finds the module that the first argument names, or the only one when it names none: in the root filesystem, if the
+/// container has one and it is there, else among the image's layers. Blocks.
 ///
 /// # Errors
 /// `Program`, naming the argument and the cause; `Host` when the image cannot be asked for.
@@ -49,12 +56,12 @@ pub fn find(
 ) -> Result<Source> {
     let entrypoint = Entrypoint::of(bundle)?;
     if let Some((name, wasm)) = rootfs.map_or(Ok(None), |rootfs| in_rootfs(rootfs, &entrypoint, max_size))? {
-        return Ok(Source { name, export: entrypoint.export, wasm, is_layer: false });
+        return Ok(Source { name, export: entrypoint.export, wasm: Wasm::File(wasm) });
     }
     let wanted = entrypoint.wanted(max_size);
     match images.module(id, &wanted) {
         Ok(Some(module)) => {
-            Ok(Source { name: module.name, export: entrypoint.export, wasm: module.wasm, is_layer: true })
+            Ok(Source { name: module.name, export: entrypoint.export, wasm: Wasm::Layer(module.content) })
         }
         Ok(None) => {
             let and = if rootfs.is_some() { NAME_IT } else { ", and its image no wasm layer" };
@@ -173,7 +180,32 @@ mod tests {
     impl Images for Layer {
         fn module(&self, _: &ContainerId, wanted: &Wanted) -> Result<Option<ImageModule>> {
             let text = self.0.ok_or_else(|| Error::host("connect", std::io::Error::other("refused")))?;
-            Ok((!text.is_empty()).then(|| ImageModule { name: wanted.name.clone(), wasm: text.into() }))
+            Ok((!text.is_empty()).then(|| ImageModule { name: wanted.name.clone(), content: Arc::new(Text) }))
+        }
+    }
+
+    /// Nobody reads it here.
+    #[derive(Debug)]
+    struct Text;
+
+    impl Content for Text {
+        fn digest(&self) -> [u8; 32] {
+            [0; 32]
+        }
+
+        fn read(&self) -> Result<Vec<u8>> {
+            Err(Error::Internal("it was read".into()))
+        }
+    }
+
+    impl Source {
+        fn file(&self) -> &[u8] {
+            let Wasm::File(file) = &self.wasm else { panic!("a layer") };
+            file
+        }
+
+        fn is_layer(&self) -> bool {
+            matches!(self.wasm, Wasm::Layer(_))
         }
     }
 
@@ -210,7 +242,7 @@ mod tests {
             ("c.wasm#run", "path"),
         ] {
             let source = read(&bundle(arg, "/nowhere:/bin"), root.path(), 100).unwrap();
-            assert_eq!(source.wasm, text.as_bytes(), "{arg}");
+            assert_eq!(source.file(), text.as_bytes(), "{arg}");
             assert_eq!(source.export.is_some(), arg.contains('#'));
         }
     }
@@ -222,8 +254,8 @@ mod tests {
         std::os::unix::fs::symlink("../../../../../a.wasm", root.path().join("work/up")).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", root.path().join("out")).unwrap();
         std::os::unix::fs::symlink("loop", root.path().join("loop")).unwrap();
-        assert_eq!(read(&bundle("/absolute", ""), root.path(), 100).unwrap().wasm, b"root");
-        assert_eq!(read(&bundle("/work/up", ""), root.path(), 100).unwrap().wasm, b"root");
+        assert_eq!(read(&bundle("/absolute", ""), root.path(), 100).unwrap().file(), b"root");
+        assert_eq!(read(&bundle("/work/up", ""), root.path(), 100).unwrap().file(), b"root");
         assert!(read(&bundle("/out", ""), root.path(), 100).unwrap_err().to_string().contains("no such file"));
         assert!(read(&bundle("/loop", ""), root.path(), 100).unwrap_err().to_string().contains("symbolic links"));
     }
@@ -249,7 +281,7 @@ mod tests {
     fn nothing_is_the_only_module_in_the_root() {
         let root = root();
         for argument in ["/", "", "#run"] {
-            assert_eq!(read(&bundle(argument, ""), root.path(), 100).unwrap().wasm, b"root");
+            assert_eq!(read(&bundle(argument, ""), root.path(), 100).unwrap().file(), b"root");
         }
         std::fs::write(root.path().join("b.wat"), "(module)").unwrap();
         let error = read(&bundle("/", ""), root.path(), 100).unwrap_err().to_string();
@@ -260,10 +292,10 @@ mod tests {
     fn layers_are_asked_for_what_is_not_in_the_root() {
         let root = root();
         let source = find_in(Some(root.path()), &bundle("/layer.wasm#run", ""), Some("layer"), 100).unwrap();
-        assert!(source.is_layer && source.wasm == b"layer" && source.export.as_deref() == Some("run"));
-        assert!(find_in(None, &bundle("/a.wasm", ""), Some("layer"), 100).unwrap().is_layer);
+        assert!(source.is_layer() && source.export.as_deref() == Some("run"));
+        assert!(find_in(None, &bundle("/a.wasm", ""), Some("layer"), 100).unwrap().is_layer());
         // The file is there: nobody is asked, so nobody can fail.
-        assert!(!find_in(Some(root.path()), &bundle("/a.wasm", ""), None, 100).unwrap().is_layer);
+        assert!(!find_in(Some(root.path()), &bundle("/a.wasm", ""), None, 100).unwrap().is_layer());
         for (rootfs, argument, layer, words) in [
             (Some(root.path()), "/none.wasm", Some(""), "/none.wasm: no such file in the image's root filesystem"),
             (

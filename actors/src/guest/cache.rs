@@ -65,11 +65,16 @@ impl Cache {
         Ok(Ok(Self { dir, path: path.to_owned() }))
     }
 
+    /// The file of this key, as it is: enough to tell what it is of, not to run it.
+    pub(super) fn peek(&self, key: &Key) -> rustix::io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.dir, key.to_string(), flags, Mode::empty()).map(File::from)
+    }
+
     /// The code for this key, checked to be exactly what was stored. What is damaged is removed.
     pub(super) fn find(&self, key: &Key) -> Option<File> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = match rustix::fs::openat(&self.dir, key.to_string(), flags, Mode::empty()) {
-            Ok(fd) => File::from(fd),
+        let file = match self.peek(key) {
+            Ok(file) => file,
             Err(Errno::NOENT) => return None,
             Err(error) => {
                 self.discard(key, &error.to_string());

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 
 use tracing::warn;
 use wasmtime::component::Component;
-use wasmtime::{Engine, Module};
+use wasmtime::{Engine, Module, Precompiled};
 
 use super::inspect::Format;
 
@@ -18,6 +18,15 @@ pub enum Code {
     Module(Module),
     /// A component.
     Component(Component),
+}
+
+/// What the file calls itself; nobody has checked it yet.
+pub(super) fn format(file: &File) -> Option<Format> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match Engine::detect_precompiled_file(path).ok()?? {
+        Precompiled::Module => Some(Format::Module),
+        Precompiled::Component => Some(Format::Component),
+    }
 }
 
 /// Makes the file executable code: mapped, or copied into memory where the file system forbids mapping code (noexec).

@@ -49,6 +49,14 @@ impl Kind {
         }
     }
 
+    /// The same, with these bounds if it is for servers that have a choice.
+    pub(super) fn bounded(self, bounds: Bounds) -> Self {
+        match self {
+            Self::Http(_) => Self::Http(bounds),
+            Self::Command | Self::Concurrent => self,
+        }
+    }
+
     pub(super) fn from_word(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.word() == word)
     }

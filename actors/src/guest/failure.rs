@@ -21,6 +21,12 @@ pub enum LoadError {
     /// The cache's folder is not safe to run code from: the operator has to look.
     #[error("{file}: {why}")]
     UnsafeCache { file: String, why: String },
+    /// What lies in the image is not what its manifest says.
+    #[error("{why}")]
+    Damaged { file: String, why: String },
+    /// Whoever holds the image does not hand it out.
+    #[error("{file}: {why}")]
+    Unreachable { file: String, why: String },
     /// Nothing the user did: the worker crashed, the system refused something.
     #[error("{file}: could not be compiled or loaded: {why}")]
     Internal { file: String, why: String },
@@ -46,6 +52,10 @@ impl LoadError {
         too_expensive => TooExpensive;
         /// See [`LoadError::UnsafeCache`].
         unsafe_cache => UnsafeCache;
+        /// See [`LoadError::Damaged`].
+        damaged => Damaged;
+        /// See [`LoadError::Unreachable`].
+        unreachable => Unreachable;
         /// See [`LoadError::Internal`].
         internal => Internal;
     }
@@ -57,6 +67,8 @@ impl LoadError {
         | Self::Unlinkable { file, .. }
         | Self::TooExpensive { file, .. }
         | Self::UnsafeCache { file, .. }
+        | Self::Damaged { file, .. }
+        | Self::Unreachable { file, .. }
         | Self::Internal { file, .. }) = &mut self;
         *file = name.to_owned();
         self

@@ -23,6 +23,7 @@ mod failure;
 mod hooks;
 mod inspect;
 mod job;
+mod known;
 mod limits;
 mod module;
 mod nature;

@@ -26,6 +26,7 @@ use super::compile::CompileSettings;
 use super::engine::{Bounds, Engines, Kind};
 use super::job::Job;
 use super::workshop::{Workshop, blocking, stopping};
+use crate::image::Content;
 
 /// The loaded programs. `T` is what the caller makes of the code, once for all containers that run it.
 pub struct Programs<T> {
@@ -62,9 +63,19 @@ impl<T: Send + Sync + 'static> Programs<T> {
     /// The program with these bytes. `name` is what messages call it: its path in the image.
     /// `bounds` matters to servers only.
     pub async fn load(&self, name: &str, wasm: Vec<u8>, bounds: Bounds) -> Result<Arc<T>, LoadError> {
-        let load = async {
-            let job = self.shared.shop.job(name, wasm, bounds).await?;
-            match self.shared.claim(job) {
+        let job = self.shared.shop.job(name, wasm, bounds).await;
+        self.finish(name, job).await
+    }
+
+    /// The program of a layer, which is read only if its code is neither loaded nor in the cache.
+    pub async fn load_layer(&self, name: &str, content: Arc<dyn Content>, bounds: Bounds) -> Result<Arc<T>, LoadError> {
+        let job = self.shared.shop.job_of_layer(name, content, bounds).await;
+        self.finish(name, job).await
+    }
+
+    async fn finish(&self, name: &str, job: Result<Job, LoadError>) -> Result<Arc<T>, LoadError> {
+        let finish = async {
+            match self.shared.claim(job?) {
                 Claim::Ready(program) => Ok(program),
                 Claim::Wait(mut answer) => {
                     let answer = answer.wait_for(Option::is_some).await;
@@ -72,7 +83,7 @@ impl<T: Send + Sync + 'static> Programs<T> {
                 }
             }
         };
-        let program = load.await.map_err(|error| error.about(name))?;
+        let program = finish.await.map_err(|error| error.about(name))?;
         self.shared.linger(Arc::clone(&program));
         Ok(program)
     }

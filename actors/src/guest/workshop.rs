@@ -25,13 +25,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::LoadError;
-use super::cache::Cache;
+use super::cache::{Cache, Key};
 use super::code::{Code, map};
 use super::compile::{CompileSettings, Compiler, sealed};
 use super::engine::{Bounds, Engines};
-use super::job::Job;
+use super::job::{self, Job};
+use super::known::Known;
 use super::text::to_binary;
 use super::turn::Turn;
+use crate::image::Content;
 
 /// How often a lock that another process holds is tried.
 const AGAIN: Duration = Duration::from_millis(20);
@@ -45,6 +47,7 @@ pub(super) struct Workshop {
     pub engines: Engines,
     compiler: Compiler,
     permits: Semaphore,
+    known: Known,
     ending: CancellationToken,
 }
 
@@ -68,23 +71,53 @@ pub(super) enum Origin {
 impl Workshop {
     pub fn new(engines: Engines, settings: CompileSettings) -> Self {
         let permits = Semaphore::new(settings.parallel.max(1));
-        Self { engines, compiler: Compiler::new(settings), permits, ending: CancellationToken::new() }
+        let (compiler, known) = (Compiler::new(settings), Known::default());
+        Self { engines, compiler, permits, known, ending: CancellationToken::new() }
     }
 
     /// What these bytes are. Counts as a use of their entry, which may be in memory and never be looked up.
     pub async fn job(self: &Arc<Self>, name: &str, wasm: Vec<u8>, bounds: Bounds) -> Result<Job, LoadError> {
         let (shop, name) = (self.clone(), name.to_owned());
+        blocking(move || shop.inspected(name, wasm, bounds)).await
+    }
+
+    /// The same for a layer, which is read only if nobody knows what it is.
+    pub async fn job_of_layer(
+        self: &Arc<Self>,
+        name: &str,
+        content: Arc<dyn Content>,
+        bounds: Bounds,
+    ) -> Result<Job, LoadError> {
+        let (shop, name) = (self.clone(), name.to_owned());
         blocking(move || {
-            let settings = &shop.compiler.settings;
-            let wasm = to_binary(&shop.compiler, wasm)?;
-            let job = Job::new(name, wasm, bounds, &shop.engines, settings.max_module_size)?;
-            // Whatever is wrong with the folder is told by whoever needs it.
-            if let Ok(Ok(cache)) = Cache::open(&settings.cache_dir) {
-                cache.touch(&job.key);
-            }
-            Ok(job)
+            let Some((key, kind, format)) = shop.known.about(&content.digest(), bounds, &shop.engines, shop.cache())
+            else {
+                return shop.inspected(name, job::read(&*content)?, bounds);
+            };
+            shop.used(&key);
+            Ok(Job::of_layer(name, key, kind, format, content))
         })
         .await
+    }
+
+    fn inspected(&self, name: String, wasm: Vec<u8>, bounds: Bounds) -> Result<Job, LoadError> {
+        let wasm = to_binary(&self.compiler, wasm)?;
+        let sum = job::sum(&wasm);
+        let job = Job::new(name, wasm, sum, bounds, &self.engines, self.settings().max_module_size)?;
+        self.known.learn(sum, job.kind, job.format);
+        self.used(&job.key);
+        Ok(job)
+    }
+
+    fn used(&self, key: &Key) {
+        if let Some(cache) = self.cache() {
+            cache.touch(key);
+        }
+    }
+
+    /// The folder, if it can be had: what is wrong with it is told by whoever needs it.
+    fn cache(&self) -> Option<Cache> {
+        Cache::open(&self.settings().cache_dir).ok()?.ok()
     }
 
     /// The code for a job. What it waits for, [`Workshop::close`] ends.
@@ -152,10 +185,11 @@ impl Workshop {
 
     fn compile(&self, job: &Job) -> Result<Made, LoadError> {
         let start = Instant::now();
-        let compiled = self.compiler.compile(job.kind, &sealed(&job.wasm)?)?;
+        let wasm = job.wasm()?;
+        let compiled = self.compiler.compile(job.kind, &sealed(&wasm)?)?;
         let elapsed_ms = start.elapsed().as_millis() as u64;
         let code_bytes = length(&compiled);
-        info!(module = job.name, key = %job.key, wasm_bytes = job.wasm.len(), code_bytes, elapsed_ms, "compiled");
+        info!(module = job.name, key = %job.key, wasm_bytes = wasm.len(), code_bytes, elapsed_ms, "compiled");
         let settings = &self.compiler.settings;
         let stored = Cache::open(&settings.cache_dir)?
             .and_then(|cache| cache.store(&job.key, &compiled, settings.cache_max_size));
