@@ -15,6 +15,7 @@ mod found;
 mod layers;
 mod layout;
 mod stored;
+mod tarball;
 
 use std::env;
 use std::ffi::OsString;

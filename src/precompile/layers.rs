@@ -17,6 +17,7 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest as _, Sha256};
 
 use super::found::{Found, limited};
+use super::tarball::bounded;
 use crate::image::Descriptor;
 
 const WASM: &[u8] = b"\0asm";
@@ -172,8 +173,10 @@ fn overlay(rootfs: &mut Rootfs, layer: &mut impl Read, most: u64, elsewhere: u64
 fn files(rootfs: &mut Rootfs, layer: impl Read, most: u64, elsewhere: u64) -> Result<()> {
     // What this layer removes is below it, never beside it.
     let mut fresh = Rootfs::new();
+    let (layer, bound) = bounded(layer);
     for entry in tar::Archive::new(layer).entries()? {
         let mut entry = entry?;
+        bound.pass(&entry)?;
         let path = plain(&entry.path()?);
         if let Some(hidden) = path.file_name().and_then(|name| name.to_str()?.strip_prefix(".wh.")) {
             let folder = path.parent().unwrap_or(Path::new(""));

@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 
 use super::found::Found;
 use super::layers::{Checked, Modules, plain};
+use super::tarball::bounded;
 use crate::image::Descriptor;
 
 /// No index or manifest is as large.
@@ -41,14 +42,15 @@ impl Layout {
 
     pub fn tar(file: File) -> Result<Self> {
         let mut members = HashMap::new();
-        let mut archive = tar::Archive::new(file);
-        for entry in archive.entries_with_seek().context("the tar file")? {
+        let (reader, bound) = bounded(&file);
+        for entry in tar::Archive::new(reader).entries_with_seek().context("the tar file")? {
             let entry = entry.context("the tar file")?;
+            bound.pass(&entry).context("the tar file")?;
             if entry.header().entry_type().is_file() {
                 members.insert(plain(&entry.path()?), (entry.raw_file_position(), entry.size()));
             }
         }
-        Ok(Self::Tar(archive.into_inner(), members))
+        Ok(Self::Tar(file, members))
     }
 
     /// The modules of all its images.
