@@ -49,7 +49,8 @@ pub struct Args {
     #[arg(short, long, visible_alias = "output", value_name = "OUT")]
     pub out_path: PathBuf,
 
-    /// Make a wasm OCI artifact as the CNCF describes it; the first module is its entrypoint
+    /// Make a wasm OCI artifact as the CNCF describes it; its config describes the first module. Of several modules, the
+    /// container's first argument names one
     #[arg(short, long, conflicts_with = "rootfs")]
     pub as_artifact: bool,
 

@@ -87,7 +87,7 @@ struct ComponentConfig {
     imports: Vec<String>,
 }
 
-/// A wasm OCI artifact. Its config describes the first wasm layer, which is the entrypoint.
+/// A wasm OCI artifact. Its config describes the first wasm layer and names no entrypoint: it has no place for one.
 pub fn artifact(args: &Args) -> Result<Image> {
     let (modules, extras) = (source::modules(args)?, source::extras(args)?);
     let described = match modules.first() {
@@ -95,7 +95,7 @@ pub fn artifact(args: &Args) -> Result<Image> {
         None => extras
             .first()
             .and_then(|extra| extra.wasm.as_ref())
-            .context("an artifact begins with its entrypoint: give a --module, or a wasm type to the first --layer")?,
+            .context("an artifact begins with wasm: give a --module, or a wasm type to the first --layer")?,
     };
     if let Some(extra) = extras.iter().find(|extra| is_tar(&extra.media_type)) {
         bail!("--layer {}=…: an artifact has no root filesystem", extra.media_type);
@@ -109,7 +109,10 @@ pub fn artifact(args: &Args) -> Result<Image> {
     let platform = Platform::wasm(if component.is_some() { "wasip2" } else { "wasip1" });
     let layers = layers(MediaType::from(ARTIFACT_LAYER), modules, extras)?;
     if layers.len() > 1 {
-        eprintln!("oci-tar-builder: note: other runtimes may refuse an artifact of several layers");
+        eprintln!(
+            "oci-tar-builder: note: an artifact has no entrypoint: name one of its modules when you run it; other runtimes \
+             may refuse an artifact of several layers"
+        );
     }
     let config = WasmConfig {
         created: CREATED,
