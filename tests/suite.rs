@@ -33,6 +33,7 @@ mod suite {
     pub mod http_swap;
     pub mod images;
     pub mod images_absent;
+    pub mod images_choice;
     pub mod images_hostile;
     pub mod load;
     pub mod neighbours;
@@ -83,6 +84,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_shared", suite::http_shared::CASES),
     ("images", suite::images::CASES),
     ("images_absent", suite::images_absent::CASES),
+    ("images_choice", suite::images_choice::CASES),
     ("images_hostile", suite::images_hostile::CASES),
     ("packing", suite::packing::CASES),
     ("readme", suite::readme::CASES),

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::images::PRECOMPILED;
+use super::images_choice::PRECOMPILED;
 use crate::common::api::{Api, INDEX, MANIFEST, WASM, digest};
 use crate::common::containerd::Containerd;
 use crate::common::{Outcome, SOON, guests, proc, wait};
