@@ -11,11 +11,13 @@
 //!
 //! Called by `main`.
 
+mod docker;
 mod found;
 mod layers;
 mod layout;
 mod stored;
 mod tarball;
+mod unpack;
 
 use std::env;
 use std::ffi::OsString;
@@ -64,7 +66,8 @@ struct Args {
     #[arg(short, long, value_name = "NAME")]
     namespace: Option<String>,
 
-    /// A wasm file, an OCI image layout (a tar file or a folder), or the name of an image that containerd has
+    /// A wasm file, an image (an OCI layout or what `docker save` writes, a tar file or a folder), or the name of an image
+    /// that containerd has
     #[arg(value_name = "FILE|IMAGE", required = true)]
     sources: Vec<PathBuf>,
 }

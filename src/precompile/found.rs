@@ -65,7 +65,7 @@ impl Finder<'_> {
 }
 
 fn in_layout(layout: &Layout, most: u64) -> Result<Vec<Found>> {
-    layout.modules(most).context("as an OCI image layout")
+    layout.modules(most).context("as an image")
 }
 
 fn is_absence(error: &io::Error) -> bool {

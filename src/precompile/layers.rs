@@ -7,7 +7,7 @@
 //! Layers of a file system lie one on another: what a later one replaces or removes is no module of the image. Every blob
 //! is checked against its digest: what is compiled is what the image names.
 //!
-//! Called by `layout.rs` and `stored.rs`. Invariant: what is held at a time is bounded, whatever the images say.
+//! Called by `layout.rs`, `docker.rs` and `stored.rs`. Invariant: what is held at a time is bounded, whatever the images say.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -18,11 +18,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::found::{Found, limited};
 use super::tarball::bounded;
+use super::unpack::{fill, unpacked};
 use crate::image::Descriptor;
 
 const WASM: &[u8] = b"\0asm";
-const GZIP: &[u8] = &[0x1f, 0x8b];
-pub const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 
 /// How many modules are held together; no image that somebody means to run has as many.
 const MAX_MODULES: usize = 1024;
@@ -120,21 +119,28 @@ pub struct Checked<'a> {
     from: Box<dyn Read + 'a>,
     hash: Sha256,
     expected: String,
-    left: u64,
+    /// Of what its size says; `None` where nobody said it.
+    left: Option<u64>,
 }
 
 impl<'a> Checked<'a> {
     /// Opens the blob of these hexadecimal digits.
     pub fn new(blob: &Descriptor, open: impl FnOnce(&str) -> Result<Box<dyn Read + 'a>>) -> Result<Self> {
         let hex = blob.hex().map_err(anyhow::Error::msg)?;
-        Ok(Self { from: open(hex)?, hash: Sha256::new(), expected: hex.to_owned(), left: blob.size })
+        Ok(Self { from: open(hex)?, hash: Sha256::new(), expected: hex.to_owned(), left: Some(blob.size) })
+    }
+
+    /// The same where only the digest is told.
+    pub fn of_digest(blob: &Descriptor, from: Box<dyn Read + 'a>) -> Result<Self> {
+        let expected = blob.hex().map_err(anyhow::Error::msg)?.to_owned();
+        Ok(Self { from, hash: Sha256::new(), expected, left: None })
     }
 
     /// Reads what is left, and compares.
     pub fn finish(mut self) -> Result<()> {
         io::copy(&mut self, &mut io::sink())?;
-        if self.left > 0 {
-            bail!("sha256:{}: it has {} bytes less than it is said to have", self.expected, self.left);
+        if let Some(left @ 1..) = self.left {
+            bail!("sha256:{}: it has {left} bytes less than it is said to have", self.expected);
         }
         if hex(&self.hash.finalize()) != self.expected {
             bail!("sha256:{}: its contents are not those of the digest", self.expected);
@@ -146,9 +152,11 @@ impl<'a> Checked<'a> {
 impl Read for Checked<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.from.read(buffer)?;
-        self.left = self.left.checked_sub(read as u64).ok_or_else(|| {
-            io::Error::other(format!("sha256:{}: it has more bytes than it is said to have", self.expected))
-        })?;
+        if let Some(left) = &mut self.left {
+            *left = left.checked_sub(read as u64).ok_or_else(|| {
+                io::Error::other(format!("sha256:{}: it has more bytes than it is said to have", self.expected))
+            })?;
+        }
         self.hash.update(&buffer[..read]);
         Ok(read)
     }
@@ -156,24 +164,9 @@ impl Read for Checked<'_> {
 
 /// Lays one layer over the wasm files of those below.
 fn overlay(rootfs: &mut Rootfs, layer: &mut impl Read, most: u64, elsewhere: u64) -> Result<()> {
-    let mut head = [0; 4];
-    let length = fill(layer, &mut head)?;
-    let whole = io::Cursor::new(head[..length].to_vec()).chain(layer);
-    if head.starts_with(GZIP) {
-        files(rootfs, flate2::read::MultiGzDecoder::new(whole), most, elsewhere)
-    } else if head == ZSTD {
-        bail!(
-            "is compressed with zstd, which is not supported: convert the image to gzip, or name the wasm file itself"
-        );
-    } else {
-        files(rootfs, whole, most, elsewhere)
-    }
-}
-
-fn files(rootfs: &mut Rootfs, layer: impl Read, most: u64, elsewhere: u64) -> Result<()> {
     // What this layer removes is below it, never beside it.
     let mut fresh = Rootfs::new();
-    let (layer, bound) = bounded(layer);
+    let (layer, bound) = bounded(unpacked(layer)?);
     for entry in tar::Archive::new(layer).entries()? {
         let mut entry = entry?;
         bound.pass(&entry)?;
@@ -206,20 +199,6 @@ fn files(rootfs: &mut Rootfs, layer: impl Read, most: u64, elsewhere: u64) -> Re
     }
     rootfs.append(&mut fresh);
     Ok(())
-}
-
-/// Reads as much as there is and fits.
-fn fill(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut length = 0;
-    while length < buffer.len() {
-        match from.read(&mut buffer[length..]) {
-            Ok(0) => break,
-            Ok(read) => length += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(length)
 }
 
 /// The path without what does not name anything: `/`, `.`, `..`.

@@ -4,6 +4,8 @@
 //!   index.json ─▶ (index ─▶) manifest ─▶ layers ─┬─ wasm: a module
 //!                                                └─ file system: files that begin as wasm does, or are called `.wat`
 //! ```
+//! Without an `index.json`, it may be an archive of Docker's (`docker.rs`).
+//!
 //! All images and platforms of a layout count; what several of them hold is found once (`layers.rs`).
 //!
 //! Called by `found.rs`.
@@ -16,11 +18,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use oci_spec::image::{self, ImageIndex, ImageManifest, MediaType};
 use serde::de::DeserializeOwned;
+use troupe_actors::absolute;
 
+use super::docker;
 use super::found::Found;
 use super::layers::{Checked, Modules, plain};
 use super::tarball::bounded;
 use crate::image::Descriptor;
+
+const INDEX: &str = "index.json";
 
 /// No index or manifest is as large.
 const MAX_DOCUMENT: u64 = 4 << 20;
@@ -41,13 +47,23 @@ impl Layout {
     }
 
     pub fn tar(file: File) -> Result<Self> {
-        let mut members = HashMap::new();
+        let (mut members, mut links) = (HashMap::new(), Vec::new());
         let (reader, bound) = bounded(&file);
         for entry in tar::Archive::new(reader).entries_with_seek().context("the tar file")? {
             let entry = entry.context("the tar file")?;
             bound.pass(&entry).context("the tar file")?;
+            let path = plain(&entry.path()?);
             if entry.header().entry_type().is_file() {
-                members.insert(plain(&entry.path()?), (entry.raw_file_position(), entry.size()));
+                members.insert(path, (entry.raw_file_position(), entry.size()));
+            } else if let Some(target) = entry.link_name()?.filter(|_| entry.header().entry_type().is_symlink()) {
+                let folder = path.parent().unwrap_or(Path::new("")).to_owned();
+                links.push((path, plain(&absolute(&folder.join(target)))));
+            }
+        }
+        // Docker writes a layer that several images have once.
+        for (path, target) in links {
+            if let Some(member) = members.get(&target).copied() {
+                members.entry(path).or_insert(member);
             }
         }
         Ok(Self::Tar(file, members))
@@ -55,10 +71,14 @@ impl Layout {
 
     /// The modules of all its images.
     pub fn modules(&self, most: u64) -> Result<Vec<Found>> {
-        let (from, size) = self.open(Path::new("index.json"))?;
-        let index: ImageIndex = document(from, size).context("index.json")?;
         let mut found = Modules::new(most);
-        self.walk(&index, 0, &mut BTreeSet::new(), &mut found)?;
+        if self.has(INDEX) || !self.has(docker::LIST) {
+            let (from, size) = self.open(Path::new(INDEX))?;
+            let index: ImageIndex = document(from, size).context(INDEX)?;
+            self.walk(&index, 0, &mut BTreeSet::new(), &mut found)?;
+        } else {
+            docker::images(self, &mut found)?;
+        }
         Ok(found.into_found())
     }
 
@@ -106,7 +126,15 @@ impl Layout {
         })
     }
 
-    fn open(&self, name: &Path) -> Result<(Box<dyn Read + '_>, u64)> {
+    fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Folder(folder) => folder.join(name).exists(),
+            Self::Tar(_, members) => members.contains_key(Path::new(name)),
+        }
+    }
+
+    /// One of its files, and how long it is.
+    pub fn open(&self, name: &Path) -> Result<(Box<dyn Read + '_>, u64)> {
         match self {
             Self::Folder(folder) => {
                 let file = File::open(folder.join(name)).with_context(|| name.display().to_string())?;
@@ -137,7 +165,8 @@ fn plainly(descriptor: &image::Descriptor) -> Descriptor {
     }
 }
 
-fn document<T: DeserializeOwned>(from: impl Read, size: u64) -> Result<T> {
+/// Reads a document that is not too large for one.
+pub fn document<T: DeserializeOwned>(from: impl Read, size: u64) -> Result<T> {
     if size > MAX_DOCUMENT {
         bail!("{size} bytes are too many for a document");
     }

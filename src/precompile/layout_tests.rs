@@ -3,11 +3,12 @@
 use std::io::Write as _;
 
 use proptest::prelude::*;
+use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tar::{Builder, EntryType, Header};
 
-use super::super::layers::{ZSTD, hex};
+use super::super::layers::hex;
 use super::*;
 
 const MOST: u64 = 1 << 20;
@@ -80,12 +81,54 @@ fn files_and_wasm_layers_are_found_in_all_images() {
     let files = tar(&[("./bin/app", &wasm("a")), ("readme.txt", b"text"), ("b.wasm", &wasm("b"))]);
     let plain = blobs.image(vec![(LAYER, files.clone())]);
     let packed = blobs.image(vec![("application/vnd.docker.image.rootfs.diff.tar.gzip", gzip(&files))]);
+    let zstd = compress_to_vec(&tar(&[("z.wasm", &wasm("z"))])[..], CompressionLevel::Fastest);
+    let zstd = blobs.image(vec![("application/vnd.oci.image.layer.v1.tar+zstd", zstd)]);
     let artifact = blobs.image(vec![("application/wasm", wasm("c")), ("application/json", b"{}".to_vec())]);
     let digest = hex(&Sha256::digest(wasm("c")));
-    let list = json!({ "schemaVersion": 2, "manifests": [packed, artifact] }).to_string().into_bytes();
+    let list = json!({ "schemaVersion": 2, "manifests": [packed, zstd, artifact] }).to_string().into_bytes();
     let nested = blobs.add("application/vnd.oci.image.index.v1+json", list);
     let layout = blobs.pack(&[plain, nested]);
-    assert_eq!(names(&layout), ["/b.wasm".to_owned(), "/bin/app".to_owned(), format!("sha256:{digest}")]);
+    let files = ["/b.wasm", "/bin/app", "/z.wasm"].map(str::to_owned);
+    assert_eq!(names(&layout), [&files[..], &[format!("sha256:{digest}")]].concat());
+}
+
+/// An archive as `docker save` wrote it until version 24: no index, layers by the names of their folders.
+fn archive(layers: &[(&str, &[u8])], diff_ids: &[&[u8]]) -> Vec<u8> {
+    let ids: Vec<_> = diff_ids.iter().map(|layer| format!("sha256:{}", hex(&Sha256::digest(layer)))).collect();
+    let config = json!({ "architecture": "amd64", "rootfs": { "type": "layers", "diff_ids": ids } }).to_string();
+    let names: Vec<_> = layers.iter().map(|(name, _)| name).collect();
+    let list = json!([{ "Config": "c.json", "RepoTags": ["a:1"], "Layers": names }]).to_string();
+    let mut members = vec![("c.json", config.as_bytes()), ("manifest.json", list.as_bytes())];
+    members.extend(layers.iter().filter(|(_, content)| !content.is_empty()));
+    tar(&members)
+}
+
+#[test]
+fn archives_of_docker_are_read() {
+    let lower = tar(&[("app.wasm", &wasm("a")), ("gone.wasm", &wasm("b"))]);
+    let upper = tar(&[(".wh.gone.wasm", b""), ("new.wasm", &wasm("c"))]);
+    let good = archive(&[("one/layer.tar", &lower), ("two/layer.tar", &upper)], &[&lower, &upper]);
+    assert_eq!(names(&good), ["/app.wasm", "/new.wasm"]);
+    // Others pack the layers; the digest is that of what is in them.
+    assert_eq!(names(&archive(&[("one.tar.gz", &gzip(&lower))], &[&lower])), ["/app.wasm", "/gone.wasm"]);
+    let error = |layout: &[u8]| format!("{:#}", found(layout).unwrap_err());
+    assert!(error(&archive(&[("one.tar", &lower)], &[&upper])).contains("not those of the digest"));
+    assert!(error(&archive(&[("one.tar", &lower)], &[])).contains("digests of 0 layers, and the image has 1"));
+    assert!(error(&archive(&[("one.tar", b"")], &[b""])).contains("one.tar: is not in it"));
+    assert!(error(&tar(&[("manifest.json", b"{}")])).contains("manifest.json"));
+}
+
+#[test]
+fn a_layer_that_two_images_of_docker_share_may_be_a_link() {
+    let layer = tar(&[("app.wasm", &wasm("a"))]);
+    let archive = archive(&[("one/layer.tar", &layer), ("two/layer.tar", b"")], &[&layer, &layer]);
+    // Its end of two blocks of zeros makes place for the link.
+    let mut with_link = Builder::new(archive[..archive.len() - 1024].to_vec());
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::Symlink);
+    header.set_size(0);
+    with_link.append_link(&mut header, "two/layer.tar", "../one/layer.tar").unwrap();
+    assert_eq!(names(&with_link.into_inner().unwrap()), ["/app.wasm"]);
 }
 
 #[test]
@@ -178,7 +221,7 @@ fn what_is_wrong_is_named() {
     let mut longer = image;
     longer["size"] = 5.into();
     assert!(error(&blobs.pack(&[longer])).contains("the image says 5"));
-    let zstd = blobs.image(vec![(LAYER, ZSTD.to_vec())]);
+    let zstd = blobs.image(vec![(LAYER, b"\x28\xb5\x2f\xfd\xff\xff".to_vec())]);
     assert!(error(&blobs.pack(&[zstd])).contains("zstd"));
 }
 
