@@ -38,6 +38,7 @@ bench: packages containerds guests ## Measure speed and memory; figures on stand
 	cargo bench --bench containers
 	cargo bench --bench cache
 	cargo bench --bench http
+	cargo bench --bench pods
 
 demo: ## Run a guest under a private containerd and show its logs
 	examples/demo.sh

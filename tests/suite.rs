@@ -39,6 +39,8 @@ mod suite {
     pub mod neighbours;
     pub mod packing;
     pub mod pods;
+    pub mod pods_images;
+    pub mod pods_load;
     pub mod pods_net;
     pub mod readme;
     pub mod recovery;
@@ -90,7 +92,12 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("readme", suite::readme::CASES),
 ];
 /// Over a containerd that makes pods.
-const IN_PODS: &[(&str, Cases)] = &[("pods", suite::pods::CASES), ("pods_net", suite::pods_net::CASES)];
+const IN_PODS: &[(&str, Cases)] = &[
+    ("pods", suite::pods::CASES),
+    ("pods_images", suite::pods_images::CASES),
+    ("pods_load", suite::pods_load::CASES),
+    ("pods_net", suite::pods_net::CASES),
+];
 /// On the newest only: they are about the guest or the machine, and take long.
 const ON_NEWEST: &[(&str, Cases)] = &[
     ("http_guest", suite::http_guest::NEWEST),

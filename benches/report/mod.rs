@@ -24,6 +24,7 @@ pub type Section = (&'static str, fn(&Host) -> Result<bool>);
 pub struct Host {
     version: &'static str,
     containerd: OnceCell<Containerd>,
+    node: OnceCell<Containerd>,
 }
 
 impl Host {
@@ -34,6 +35,15 @@ impl Host {
             return Ok(self.containerd.get_or_init(|| started));
         }
         self.containerd.get().context("the containerd of this run")
+    }
+
+    /// One that makes pods.
+    pub fn node(&self) -> Result<&Containerd> {
+        if self.node.get().is_none() {
+            let started = Containerd::start_node(self.version, "bench-node")?;
+            return Ok(self.node.get_or_init(|| started));
+        }
+        self.node.get().context("the containerd of this run")
     }
 }
 
@@ -65,12 +75,12 @@ fn all(sections: &[Section]) -> Result<bool> {
     let version = std::env::var("TROUPE_BENCH_CONTAINERD").unwrap_or_else(|_| "2.1".into());
     let version = VERSIONS.into_iter().find(|known| *known == version).context("no such containerd")?;
     println!("{}, containerd {version}", machine());
-    let host = Host { version, containerd: OnceCell::new() };
+    let host = Host { version, containerd: OnceCell::new(), node: OnceCell::new() };
     let mut kept = Ok(true);
     for (_, section) in sections.iter().filter(|(name, _)| asked.is_empty() || asked.iter().any(|ask| ask == name)) {
         kept = kept.and_then(|kept| Ok(section(&host)? & kept));
     }
-    if let Some(containerd) = host.containerd.into_inner() {
+    for containerd in [host.containerd, host.node].into_iter().filter_map(OnceCell::into_inner) {
         containerd.close()?;
     }
     kept

@@ -24,7 +24,7 @@ use super::{SOON, guests, image, wait};
 /// The image that a pod's sandbox is said to need; it is never run.
 pub const PAUSE: &str = "test.local/pause:latest";
 /// Where CRI keeps its images and containers.
-const NAMESPACE: &str = "k8s.io";
+pub const NAMESPACE: &str = "k8s.io";
 /// The RuntimeClass's handler.
 const HANDLER: &str = "wasmtime";
 
@@ -44,7 +44,17 @@ impl<'a> Kubelet<'a> {
         let channel = runtime.block_on(containerd_client::connect(containerd.socket()))?;
         let kubelet = Self { containerd, runtime, channel };
         let hello = guests::built("hello.wasm")?;
-        let pause = image::pack("pause", &[&hello], &["--entrypoint=/pause"])?;
+        // Another runtime's pods, in the benches, do run it.
+        let pause = image::pack(
+            "pause",
+            &[&hello],
+            &[
+                "--file=/bin/busybox:/bin/busybox",
+                "--entrypoint=/bin/busybox",
+                "--entrypoint=sleep",
+                "--entrypoint=999999",
+            ],
+        )?;
         kubelet.import(PAUSE, &pause)?;
         kubelet.import(image::GUESTS, &image::guests()?)?;
         Ok(kubelet)
@@ -57,6 +67,11 @@ impl<'a> Kubelet<'a> {
     /// Imports an image and waits until CRI knows it.
     pub fn import(&self, reference: &str, tar: &std::path::Path) -> Result<()> {
         self.containerd.namespace(NAMESPACE).import(reference, tar)?;
+        self.knows(reference)
+    }
+
+    /// Waits until CRI has heard of an image.
+    pub fn knows(&self, reference: &str) -> Result<()> {
         wait::until_true(&format!("CRI to know {reference}"), SOON, || {
             let image = Some(cri::ImageSpec { image: reference.to_owned(), ..Default::default() });
             let request = cri::ImageStatusRequest { image, verbose: false };
@@ -91,7 +106,12 @@ impl<'a> Kubelet<'a> {
 
     /// RunPodSandbox.
     pub fn run(&self, config: cri::PodSandboxConfig) -> Result<Pod<'_>> {
-        let request = cri::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: HANDLER.into() };
+        self.run_with(config, HANDLER)
+    }
+
+    /// RunPodSandbox of another RuntimeClass.
+    pub fn run_with(&self, config: cri::PodSandboxConfig, handler: &str) -> Result<Pod<'_>> {
+        let request = cri::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
         let id = self.call("RunPodSandbox", self.runtime_service().run_pod_sandbox(request))?.pod_sandbox_id;
         Ok(Pod { kubelet: self, id, config })
     }
@@ -313,17 +333,6 @@ impl PodContainer<'_> {
         let request = cri::ContainerStatsRequest { container_id: self.id.clone() };
         let answer = self.kubelet.call("ContainerStats", self.kubelet.runtime_service().container_stats(request))?;
         answer.stats.context("no statistics")
-    }
-
-    /// UpdateContainerResources.
-    pub fn update(&self, resources: cri::LinuxContainerResources) -> Result<()> {
-        let request = cri::UpdateContainerResourcesRequest {
-            container_id: self.id.clone(),
-            linux: Some(resources),
-            ..Default::default()
-        };
-        let mut service = self.kubelet.runtime_service();
-        self.kubelet.call("UpdateContainerResources", service.update_container_resources(request)).map(drop)
     }
 
     /// What it wrote so far: the texts of CRI's log file, without times and streams.

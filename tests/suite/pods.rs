@@ -22,6 +22,7 @@ pub const CASES: crate::common::Cases = &[
     ("containerd_restarts_and_finds_its_pods", restart),
     ("a_pod_whose_process_was_killed_is_told_and_removed", killed),
     ("a_stop_lets_requests_finish", graceful),
+    ("statistics_say_what_a_request_burnt", statistics),
 ];
 
 /// Nothing of any pod may be left: no sandbox, cable, mount or anchor thread.
@@ -114,7 +115,7 @@ fn loopback(containerd: &Containerd) -> Outcome {
     let other = kubelet.run(kubelet.pod("other")?)?;
     other.web("web", &[])?;
     let refused = get(&kubelet, addr(&other, 8080)?, "/fetch?url=http://127.0.0.1:8081/hello")?;
-    ensure!(refused.header("x-error") == Some("ErrorCode::ConnectionRefused"), "{refused:?}");
+    ensure!(refused.header("x-error") == Some("ConnectionRefused"), "{refused:?}");
     // Two on one port, in one pod: the second one is told.
     let taken = pod.guest("third", &[crate::common::site::WEB], |_| {})?.start();
     let error = taken.err().context("two servers on one port")?;
@@ -149,7 +150,7 @@ fn command(containerd: &Containerd) -> Outcome {
     let echo = pod.guest("echo", &["/kit.wasm", "echo", "from", "a", "pod"], |_| {})?;
     echo.start()?;
     ensure!(echo.expect(0)? == "from a pod\n", "{:?}", echo.log());
-    let seven = pod.guest("seven", &["/kit-component.wasm", "exit", "7"], |_| {})?;
+    let seven = pod.guest("seven", &["/kit.wasm", "exit", "7"], |_| {})?;
     seven.start()?;
     seven.expect(7)?;
     // Another attempt of the same one, as a kubelet restarts it.
@@ -230,6 +231,28 @@ fn graceful(containerd: &Containerd) -> Outcome {
         Ok(())
     })?;
     ensure!(web.status()?.exit_code == 0, "{:?}", web.status()?);
+    pod.remove()?;
+    expect_empty(&kubelet)
+}
+
+/// CRI's own figures, of a container that burns a known time.
+fn statistics(containerd: &Containerd) -> Outcome {
+    let kubelet = Kubelet::connect(containerd)?;
+    let pod = kubelet.run(kubelet.pod("busy")?)?;
+    let web = pod.web("web", &[])?;
+    let burnt = |web: &cri::PodContainer<'_>| -> Result<u64> {
+        let cpu = web.stats()?.cpu.context("no CPU statistics")?;
+        Ok(cpu.usage_core_nano_seconds.context("no CPU time")?.value / 1_000_000)
+    };
+    let before = burnt(&web)?;
+    get(&kubelet, addr(&pod, 8080)?, "/spin?ms=400")?.expect(200, "")?;
+    // What it says is read once in a while on some versions.
+    let spent = wait::until("the CPU time to be told", SOON, || {
+        let spent = burnt(&web)?.saturating_sub(before);
+        Ok((spent >= 100).then_some(spent))
+    })?;
+    // The guest spins by the clock, on a core that it may have to share.
+    ensure!((100..=500).contains(&spent), "{spent} ms for 400 of spinning");
     pod.remove()?;
     expect_empty(&kubelet)
 }
