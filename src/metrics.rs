@@ -25,6 +25,17 @@ pub fn encode(usage: &Usage, cgroup_v2: bool) -> containerd_shim::Result<Any> {
 fn to_v1(usage: &Usage) -> v1::Metrics {
     let nanos = u64::try_from(usage.cpu.as_nanos()).unwrap_or(u64::MAX);
     let cpu = v1::CPUUsage { total: nanos, user: nanos, ..Default::default() };
+    let throttling = v1::Throttle {
+        periods: usage.throttled.periods,
+        throttled_periods: usage.throttled.throttled,
+        throttled_time: u64::try_from(usage.throttled.time.as_nanos()).unwrap_or(u64::MAX),
+        ..Default::default()
+    };
+    let cpu = v1::CPUStat {
+        usage: MessageField::some(cpu),
+        throttling: MessageField::some(throttling),
+        ..Default::default()
+    };
     let memory = v1::MemoryEntry {
         usage: usage.memory,
         max: usage.memory_peak,
@@ -40,18 +51,22 @@ fn to_v1(usage: &Usage) -> v1::Metrics {
         usage: MessageField::some(memory),
         ..Default::default()
     };
-    v1::Metrics {
-        cpu: MessageField::some(v1::CPUStat { usage: MessageField::some(cpu), ..Default::default() }),
-        memory: MessageField::some(stat),
-        ..Default::default()
-    }
+    v1::Metrics { cpu: MessageField::some(cpu), memory: MessageField::some(stat), ..Default::default() }
 }
 
 fn to_v2(usage: &Usage) -> v2::Metrics {
     let micros = u64::try_from(usage.cpu.as_micros()).unwrap_or(u64::MAX);
     let killed = usage.out_of_memory.into();
+    let cpu = v2::CPUStat {
+        usage_usec: micros,
+        user_usec: micros,
+        nr_periods: usage.throttled.periods,
+        nr_throttled: usage.throttled.throttled,
+        throttled_usec: u64::try_from(usage.throttled.time.as_micros()).unwrap_or(u64::MAX),
+        ..Default::default()
+    };
     v2::Metrics {
-        cpu: MessageField::some(v2::CPUStat { usage_usec: micros, user_usec: micros, ..Default::default() }),
+        cpu: MessageField::some(cpu),
         memory: MessageField::some(v2::MemoryStat {
             anon: usage.memory,
             active_anon: usage.memory,
@@ -69,6 +84,8 @@ fn to_v2(usage: &Usage) -> v2::Metrics {
 mod tests {
     use std::time::Duration;
 
+    use troupe_actors::guest::Throttled;
+
     use super::*;
 
     #[test]
@@ -79,6 +96,7 @@ mod tests {
             memory_peak: 8192,
             memory_limit: Some(1 << 20),
             out_of_memory: true,
+            throttled: Throttled { periods: 5, throttled: 3, time: Duration::from_micros(2500) },
         };
         assert_eq!(encode(&usage, false).unwrap().type_url, "io.containerd.cgroups.v1.Metrics");
         assert_eq!(encode(&usage, true).unwrap().type_url, "io.containerd.cgroups.v2.Metrics");
@@ -86,5 +104,8 @@ mod tests {
         assert_eq!(to_v2(&usage).cpu.usage_usec, 1500);
         assert_eq!(to_v2(&usage).memory_events.oom_kill, 1);
         assert_eq!(to_v1(&usage).memory.usage.limit, 1 << 20);
+        let (v1, v2) = (to_v1(&usage).cpu.throttling.clone(), to_v2(&usage).cpu.clone());
+        assert_eq!((v1.periods, v1.throttled_periods, v1.throttled_time), (5, 3, 2_500_000));
+        assert_eq!((v2.nr_periods, v2.nr_throttled, v2.throttled_usec), (5, 3, 2500));
     }
 }

@@ -22,7 +22,7 @@ use containerd_shim_protos::ttrpc::{self, Result};
 use tokio::sync::oneshot;
 use troupe_actors::{
     Blueprint, ContainerId, Create, Delete, Error, Find, Handle, Images, Kill, Mount, Phase, Settings, Start,
-    StdioPaths, Supervisor,
+    StdioPaths, Supervisor, Update,
 };
 
 use crate::events::timestamp;
@@ -204,8 +204,13 @@ impl Task for TaskService {
         Err(unimplemented("resume is not supported yet: no container can be paused"))
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> Result<Empty> {
-        Err(unimplemented("update is not supported yet: limits are those of the container's creation"))
+    async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
+        let id = self.id(ctx, &request.id);
+        let text = request.resources.value.as_slice();
+        let resources = serde_json::from_slice(text)
+            .map_err(|e| to_ttrpc(Error::invalid(format!("container {id}: the resources of an update: {e}"))))?;
+        self.ask(Update { id, resources }).await?;
+        Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> Result<Empty> {

@@ -35,6 +35,8 @@ mod suite {
     pub mod images_absent;
     pub mod images_choice;
     pub mod images_hostile;
+    pub mod limits;
+    pub mod limits_http;
     pub mod load;
     pub mod neighbours;
     pub mod packing;
@@ -68,6 +70,8 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("cache_images", suite::cache_images::CASES),
     ("cache_shared", suite::cache_shared::CASES),
     ("load", suite::load::CASES),
+    ("limits", suite::limits::CASES),
+    ("limits_http", suite::limits_http::CASES),
     ("restart", suite::restart::CASES),
     ("neighbours", suite::neighbours::CASES),
     ("daemon", suite::daemon::CASES),

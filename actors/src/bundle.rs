@@ -10,6 +10,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Process, Root, Spec};
 
 use crate::error::{Error, Result};
 use crate::pod::Role;
+use crate::resources::Limits;
 
 /// A config.json larger than this is refused; 10,000 arguments of 100 bytes fit four times.
 const MAX_CONFIG: u64 = 4 << 20;
@@ -36,8 +37,8 @@ pub struct Bundle {
     pub hostname: Option<String>,
     /// Namespaces the spec asks for.
     pub namespaces: Namespaces,
-    /// Memory limit in bytes; `None` is unlimited.
-    pub memory_limit: Option<u64>,
+    /// How much CPU time and memory it may use.
+    pub limits: Limits,
     /// Annotations of the container.
     pub annotations: HashMap<String, String>,
     /// What it is to its pod.
@@ -123,7 +124,7 @@ impl Bundle {
             cwd: process.cwd().clone(),
             hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
             namespaces: namespaces(spec),
-            memory_limit: memory_limit(spec),
+            limits: Limits::of(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?,
             role: Role::of(spec.annotations().as_ref().unwrap_or(&HashMap::new())),
             annotations: spec.annotations().clone().unwrap_or_default(),
             hosts: source_of(spec, "/etc/hosts"),
@@ -189,12 +190,6 @@ fn namespaces(spec: &Spec) -> Namespaces {
     found
 }
 
-/// `linux.resources.memory.limit`; zero and negative mean "no limit" (config-linux.md, Memory).
-fn memory_limit(spec: &Spec) -> Option<u64> {
-    let memory = spec.linux().as_ref()?.resources().as_ref()?.memory().as_ref()?;
-    memory.limit().and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0)
-}
-
 #[cfg(test)]
 impl Bundle {
     /// Of a container that asks for nothing.
@@ -208,7 +203,7 @@ impl Bundle {
             cwd: "/".into(),
             hostname: None,
             namespaces: Namespaces::default(),
-            memory_limit: None,
+            limits: Limits::default(),
             annotations: HashMap::new(),
             role: Role::Alone,
             hosts: None,
@@ -236,7 +231,7 @@ mod tests {
         assert!(bundle.root.ends_with("rootfs"));
         assert!(!bundle.readonly);
         assert_eq!(bundle.namespaces, Namespaces::default());
-        assert_eq!(bundle.memory_limit, None);
+        assert_eq!(bundle.limits, Limits::default());
     }
 
     #[test]
@@ -264,7 +259,7 @@ mod tests {
         assert_eq!(bundle.namespaces.network, Namespace::Join("/n".into()));
         assert_eq!(bundle.namespaces.uts, Namespace::New);
         assert_eq!(bundle.namespaces.ipc, Namespace::Host);
-        assert_eq!(bundle.memory_limit, Some(1 << 20));
+        assert_eq!(bundle.limits.memory, Some(1 << 20));
         assert!(bundle.readonly && bundle.root == Path::new("/r"));
     }
 

@@ -13,8 +13,8 @@
 //! ```
 //!
 //! Reading order: `supervisor` (the verbs), `container` (one life), `http` (servers), `guest` (wasm), `outgoing` (requests
-//! of guests), `names` (of hosts), `pod` (namespaces and sockets); the leaves `bundle`, `image`, `mounts`, `stdio`, `signals`, `event`, `error`,
-//! `config`, `units` as they come up. A module names only what stands after it in that list.
+//! of guests), `names` (of hosts), `pod` (namespaces and sockets); the leaves `bundle`, `resources`, `image`, `mounts`,
+//! `stdio`, `signals`, `event`, `error`, `config`, `units` as they come up. A module names only what stands after it in that list.
 
 mod bundle;
 mod config;
@@ -31,6 +31,7 @@ mod mounts;
 mod names;
 mod outgoing;
 mod pod;
+mod resources;
 mod signals;
 mod stdio;
 mod supervisor;
@@ -45,5 +46,5 @@ pub use id::ContainerId;
 pub use image::{Content, ImageModule, Images, Wanted, absolute};
 pub use mounts::{Mount, isolate};
 pub use stdio::StdioPaths;
-pub use supervisor::{Create, Delete, Drain, Drained, Find, Kill, List, Start, Supervisor};
+pub use supervisor::{Create, Delete, Drain, Drained, Find, Kill, List, Start, Supervisor, Update};
 pub use units::{NotAQuantity, parse_bytes, parse_duration};

@@ -17,7 +17,7 @@ use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, RemoveS
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::services::v1::{
     Container as Record, CreateContainerRequest, CreateImageRequest, CreateTaskRequest, DeleteImageRequest, Image,
-    StartRequest, WriteAction, WriteContentRequest, container::Runtime as RuntimeOf,
+    MetricsRequest, StartRequest, UpdateTaskRequest, WriteAction, WriteContentRequest, container::Runtime as RuntimeOf,
 };
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Code, Request, Response, Status};
@@ -29,6 +29,7 @@ use tokio::runtime::Runtime;
 
 use super::containerd::Containerd;
 use super::ctr::{Client, Container, WASMTIME};
+use super::usage::Usage;
 use super::{SOON, base, shim};
 
 pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -107,6 +108,26 @@ impl<'a> Api<'a> {
         let image = Image { name: name.to_owned(), target: Some(target), ..Default::default() };
         let request = self.request(CreateImageRequest { image: Some(image), ..Default::default() })?;
         self.call("images.Create", ImagesClient::new(self.channel.clone()).create(request)).map(drop)
+    }
+
+    /// Changes a task's limits, as CRI's UpdateContainerResources does: the parts of `linux.resources` that change.
+    pub fn update(&self, id: &str, resources: &Value) -> Result<()> {
+        let resources = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned(),
+            value: resources.to_string().into_bytes(),
+        };
+        let (container_id, resources) = (id.to_owned(), Some(resources));
+        let request = self.request(UpdateTaskRequest { container_id, resources, ..Default::default() })?;
+        self.call("tasks.Update", TasksClient::new(self.channel.clone()).update(request)).map(drop)
+    }
+
+    /// What a task uses.
+    pub fn usage(&self, id: &str) -> Result<Usage> {
+        let request = self.request(MetricsRequest { filters: vec![format!("id=={id}")] })?;
+        let answer = self.call("tasks.Metrics", TasksClient::new(self.channel.clone()).metrics(request))?;
+        let metric = answer.metrics.into_iter().next().with_context(|| format!("{id} has no metrics"))?;
+        let data = metric.data.with_context(|| format!("{id} has empty metrics"))?;
+        Usage::decode(&data.type_url, &data.value)
     }
 
     /// Takes a name away, if it is there.

@@ -26,6 +26,7 @@ pub mod proc;
 pub mod recorder;
 pub mod shim;
 pub mod site;
+pub mod usage;
 pub mod wait;
 
 /// How a case ends.

@@ -237,7 +237,6 @@ fn unimplemented() -> Outcome {
     sentence("Exec", client.exec(short(), &exec).map(drop))?;
     sentence("Pause", client.pause(short(), &api::PauseRequest { id: id(), ..Default::default() }).map(drop))?;
     sentence("Resume", client.resume(short(), &api::ResumeRequest { id: id(), ..Default::default() }).map(drop))?;
-    sentence("Update", client.update(short(), &api::UpdateTaskRequest { id: id(), ..Default::default() }).map(drop))?;
     let resize = api::ResizePtyRequest { id: id(), ..Default::default() };
     sentence("ResizePty", client.resize_pty(short(), &resize).map(drop))?;
     let checkpoint = api::CheckpointTaskRequest { id: id(), ..Default::default() };

@@ -1,6 +1,7 @@
 //! What a container can be told. Sent by the supervisor only.
 
 use actix::Message;
+use oci_spec::runtime::LinuxResources;
 use tokio::sync::oneshot;
 
 use super::state::Exit;
@@ -20,6 +21,11 @@ pub struct Kill {
     pub signal: u32,
     pub reply: oneshot::Sender<Result<()>>,
 }
+
+/// Changes the limits of the container.
+#[derive(Message)]
+#[rtype(result = "Result<()>")]
+pub struct Update(pub Box<LinuxResources>);
 
 /// Lets go of everything and ends the actor. One that never ran exits first (137), so that whoever waits hears of it.
 #[derive(Message)]

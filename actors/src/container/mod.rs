@@ -18,14 +18,15 @@ use std::time::SystemTime;
 use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, ResponseActFuture, WrapFuture};
 use tokio::sync::watch;
 
-pub use messages::{Delete, Kill, Start};
+pub use messages::{Delete, Kill, Start, Update};
 pub use prepare::{Blueprint, Prepared, prepare};
 pub use state::{Exit, Phase};
 
 use crate::ContainerId;
 use crate::error::{Error, Result};
 use crate::event::{EventKind, Events};
-use crate::guest::{Budget, CpuTime, Outcome, Stage};
+use crate::guest::{Budget, CpuTime, Outcome, Stage, Throttled};
+use crate::resources::Limits;
 use crate::signals::Signals;
 use crate::stdio::{Keeper, StdioPaths};
 use messages::Ended;
@@ -61,6 +62,8 @@ pub struct Usage {
     pub memory_limit: Option<u64>,
     /// Whether it was ended for wanting more.
     pub out_of_memory: bool,
+    /// What its CPU quota has done.
+    pub throttled: Throttled,
 }
 
 impl Handle {
@@ -94,6 +97,7 @@ impl Handle {
             memory_peak: self.budget.peak(),
             memory_limit: self.budget.limit(),
             out_of_memory: self.budget.exceeded(),
+            throttled: self.cpu.throttled(),
         }
     }
 }
@@ -189,6 +193,27 @@ impl Handler<Kill> for Container {
         if let Err(error) = kill.reply.send(result) {
             tracing::debug!(container = %self.handle.id, ?error, "nobody waits for the answer to a kill");
         }
+    }
+}
+
+impl Handler<Update> for Container {
+    type Result = Result<()>;
+
+    fn handle(&mut self, Update(resources): Update, _: &mut Context<Self>) -> Result<()> {
+        self.state.update()?;
+        let Handle { id, budget, cpu, .. } = &self.handle;
+        let before = Limits { memory: budget.limit(), cpu: cpu.quota() };
+        let limits = before.updated(&resources)?;
+        budget.set_limit(limits.memory).map_err(|used| {
+            let limit = limits.memory.unwrap_or(u64::MAX);
+            let why = format!("linux.resources.memory.limit: {limit} bytes are less than the {used} that it uses");
+            Error::invalid(format!("container {id}: {why}"))
+        })?;
+        if limits.cpu != before.cpu {
+            cpu.limit(limits.cpu);
+        }
+        tracing::info!(container = %id, ?limits, "updated");
+        Ok(())
     }
 }
 

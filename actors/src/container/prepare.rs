@@ -87,7 +87,7 @@ pub async fn prepare(
         tokio::task::spawn_blocking(move || on_the_host(&name, &blueprint, &pods))
             .await
             .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
-    let (budget, cpu) = (Budget::new(bundle.memory_limit), Arc::<CpuTime>::default());
+    let (budget, cpu) = (Budget::new(bundle.limits.memory), Arc::new(CpuTime::new(bundle.limits.cpu)));
     let Some(source) = program else {
         return Ok(Prepared { work: Work::Sandbox, stdin: None, budget, cpu, held });
     };

@@ -116,6 +116,14 @@ impl State {
         }
     }
 
+    /// Whether limits still matter.
+    pub fn update(&self) -> Result<()> {
+        match self.phase {
+            Phase::Created | Phase::Running => Ok(()),
+            Phase::Stopped(_) => Err(self.wrong("update")),
+        }
+    }
+
     /// The guest is gone. Told twice, the first exit stands.
     pub fn exited(&mut self, exit: Exit) -> bool {
         let first = self.phase.exit().is_none();

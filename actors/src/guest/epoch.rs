@@ -6,14 +6,15 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
 use super::engine::Engines;
+use super::quota::{CpuTime, Turn};
 use crate::error::{Error, Result};
 
 /// Longest time a guest runs before it lets others run, and hears of its own end.
@@ -52,12 +53,14 @@ impl Ticker {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Wraps a guest's future: while it is polled the epochs tick, and its CPU time is added to `cpu`.
+    /// Wraps a guest's future: while it is polled the epochs tick, and its CPU time is added to `cpu`, which may make it
+    /// wait.
     pub fn drive<T>(&self, cpu: Arc<CpuTime>, future: impl Future<Output = T> + Send + 'static) -> Driven<T> {
         let thread = self.thread.as_ref().map(|thread| thread.thread().clone());
         Driven {
             running: Running { shared: Arc::clone(&self.shared), thread },
             cpu,
+            turn: Turn::default(),
             clock: Clock::Cpu,
             future: Box::pin(future),
         }
@@ -91,25 +94,11 @@ impl Shared {
     }
 }
 
-/// CPU time used by one container's guests.
-#[derive(Debug, Default)]
-pub struct CpuTime(AtomicU64);
-
-impl CpuTime {
-    /// So far. A guest that is running is counted up to its last yield, a tick ago at most.
-    pub fn total(&self) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::Relaxed))
-    }
-
-    fn add(&self, time: Duration) {
-        self.0.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-    }
-}
-
 /// A guest's future under the tick.
 pub struct Driven<T> {
     running: Running,
     cpu: Arc<CpuTime>,
+    turn: Turn,
     clock: Clock,
     future: Pin<Box<dyn Future<Output = T> + Send>>,
 }
@@ -160,8 +149,14 @@ impl<T> Future for Driven<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         let this = &mut *self;
+        let mut clock = this.clock;
+        if this.cpu.is_limited() {
+            ready!(this.turn.poll(&this.cpu, cx));
+            // On a busy machine, others' time would be charged to it.
+            clock = Clock::Cpu;
+        }
         let _left = this.running.enter();
-        match this.clock {
+        match clock {
             Clock::Cpu => {
                 let before = thread_cpu_time();
                 let poll = this.future.as_mut().poll(cx);

@@ -12,7 +12,8 @@ const TABLE_ELEMENT: u64 = 8;
 /// touched or not: the figure a limit can be promised on.
 #[derive(Debug)]
 pub struct Budget {
-    limit: Option<u64>,
+    /// The largest number is no limit.
+    limit: AtomicU64,
     used: AtomicU64,
     peak: AtomicU64,
     exceeded: AtomicBool,
@@ -30,6 +31,7 @@ pub struct OutOfMemory {
 impl Budget {
     /// A budget of `limit` bytes, or an unlimited one.
     pub fn new(limit: Option<u64>) -> Arc<Self> {
+        let limit = AtomicU64::new(limit.unwrap_or(u64::MAX));
         Arc::new(Self { limit, used: AtomicU64::new(0), peak: AtomicU64::new(0), exceeded: AtomicBool::new(false) })
     }
 
@@ -45,7 +47,23 @@ impl Budget {
 
     /// The limit, if there is one.
     pub fn limit(&self) -> Option<u64> {
-        self.limit
+        Some(self.limit.load(Ordering::Acquire)).filter(|limit| *limit < u64::MAX)
+    }
+
+    /// From now on guests may use so much, all together.
+    ///
+    /// # Errors
+    /// The bytes in use, if they are more; the limit stays as it was.
+    pub fn set_limit(&self, limit: Option<u64>) -> Result<(), u64> {
+        let limit = limit.unwrap_or(u64::MAX);
+        let before = self.limit.swap(limit, Ordering::AcqRel);
+        // Whoever takes memory from here on sees the new limit, so this cannot become untrue.
+        let used = self.used();
+        if used <= limit {
+            return Ok(());
+        }
+        self.limit.store(before, Ordering::Release);
+        Err(used)
     }
 
     /// Whether a guest was refused memory.
@@ -54,7 +72,7 @@ impl Budget {
     }
 
     fn take(&self, bytes: u64) -> Result<(), OutOfMemory> {
-        let limit = self.limit.unwrap_or(u64::MAX);
+        let limit = self.limit.load(Ordering::Acquire);
         let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= limit);
         match self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits) {
             Ok(before) => {
@@ -148,6 +166,20 @@ mod tests {
         assert_eq!((budget.used(), budget.peak()), (40, 100));
         drop(two);
         assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn a_limit_may_change_but_not_below_what_is_used() {
+        let budget = Budget::new(None);
+        let mut meter = Meter::new(budget.clone());
+        assert!(meter.memory_growing(0, 60, None).unwrap());
+        assert_eq!((budget.set_limit(Some(59)), budget.limit()), (Err(60), None));
+        assert_eq!((budget.set_limit(Some(60)), budget.limit()), (Ok(()), Some(60)));
+        assert!(meter.memory_growing(60, 61, None).is_err());
+        assert_eq!(budget.set_limit(Some(70)), Ok(()));
+        assert!(meter.memory_growing(60, 70, None).unwrap());
+        assert_eq!((budget.set_limit(None), budget.limit()), (Ok(()), None));
+        assert!(meter.memory_growing(70, 700, None).unwrap());
     }
 
     #[test]

@@ -9,8 +9,8 @@
 //!
 //! Read in this order: `module` and `workshop` (how bytes become a program), `program` (imports and entry), `store`, `run`,
 //! `exit`; for servers `proxy` (linked), `serving` (a request's visit), `visitor` (its store), `exchange` (its answer), `warm`
-//! and `shared` (instances for several requests, of 0.2 and 0.3); then `engine`, `pool`, `epoch` and `limits`, which keep
-//! guests from harming each other.
+//! and `shared` (instances for several requests, of 0.2 and 0.3); then `engine`, `pool`, `epoch`, `quota` and `limits`,
+//! which keep guests from harming each other.
 
 mod cache;
 mod code;
@@ -31,6 +31,7 @@ mod pool;
 mod prewarm;
 mod program;
 mod proxy;
+mod quota;
 mod random;
 mod run;
 mod service;
@@ -52,7 +53,7 @@ use std::sync::Arc;
 pub use code::Code;
 pub use compile::CompileSettings;
 pub use engine::{Bounds, Engines, Kind};
-pub use epoch::{CpuTime, TICK, Ticker};
+pub use epoch::{TICK, Ticker};
 pub use exchange::{BodyFault, Exchange, Failure, Place};
 pub use exit::Outcome;
 pub use failure::LoadError;
@@ -62,6 +63,7 @@ pub use module::Programs;
 pub use pool::INSTANCES;
 pub use prewarm::{Entry as CacheEntry, Prewarm};
 pub use program::{Entry, Program};
+pub use quota::{CpuTime, Throttled};
 pub use run::Run;
 pub use serving::{Begun, Flight, Serving, Step};
 pub use shared::Reuse;

@@ -6,10 +6,11 @@ use tokio::sync::watch;
 use wasmtime::component::InstancePre;
 use wasmtime::{AsContextMut, Engine, Store};
 
-use super::epoch::{CpuTime, Ticker};
+use super::epoch::Ticker;
 use super::exit::{Outcome, RunFailed};
 use super::limits::Budget;
 use super::program::{Command, Entry, Program};
+use super::quota::CpuTime;
 use super::store::{Environment, Guest, store};
 use crate::signals::Signals;
 use crate::stdio::{Stdio, Streams};

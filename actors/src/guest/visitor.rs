@@ -19,9 +19,10 @@ use wasmtime_wasi_config::{WasiConfig, WasiConfigVariables};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 use super::engine::Kind;
-use super::epoch::{CpuTime, TICK};
+use super::epoch::TICK;
 use super::hooks::Hooks;
 use super::limits::{Budget, Meter};
+use super::quota::CpuTime;
 use super::sockets::{self, HasSockets, Sockets};
 use super::store::{Environment, MAX_RANDOM, MAX_RESOURCES};
 use crate::stdio::{Lines, Output};

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use actix::Message;
+use oci_spec::runtime::LinuxResources;
 use tokio::sync::oneshot;
 
 use crate::ContainerId;
@@ -31,6 +32,15 @@ pub struct Kill {
     /// Number of the signal, as in signal(7).
     pub signal: u32,
     pub reply: oneshot::Sender<Result<()>>,
+}
+
+/// Changes the limits of a container, as far as it has not ended.
+#[derive(Message)]
+#[rtype(result = "Result<()>")]
+pub struct Update {
+    pub id: ContainerId,
+    /// What changes; what it does not name stays.
+    pub resources: Box<LinuxResources>,
 }
 
 /// Removes a container that does not run: answers with its exit when all it held is gone.

@@ -15,7 +15,7 @@ use actix::{
 };
 use tokio::sync::{oneshot, watch};
 
-pub use messages::{Create, Delete, Drain, Drained, Find, Kill, List, Start};
+pub use messages::{Create, Delete, Drain, Drained, Find, Kill, List, Start, Update};
 
 use crate::ContainerId;
 use crate::container::{self, Container, Handle, prepare};
@@ -165,6 +165,20 @@ impl Handler<Kill> for Supervisor {
                 live.addr.do_send(container::Kill { signal, reply });
             }
             Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+}
+
+impl Handler<Update> for Supervisor {
+    type Result = ResponseFuture<Result<()>>;
+
+    fn handle(&mut self, Update { id, resources }: Update, _: &mut Context<Self>) -> Self::Result {
+        match self.live(&id, "update") {
+            Ok(live) => {
+                let updated = live.addr.send(container::Update(resources));
+                Box::pin(async move { updated.await? })
+            }
+            Err(error) => Box::pin(std::future::ready(Err(error))),
         }
     }
 }
