@@ -18,7 +18,7 @@ const MAX_ADDRESS: u64 = 4096;
 
 const SCHEME: &str = "unix://";
 
-/// The annotations that decide about the group. All others are skipped while parsing.
+/// The annotations that decide about the group, and where its process belongs. All else is skipped while parsing.
 #[derive(Debug, Default, Deserialize)]
 pub struct Annotations {
     /// The pod, in the words of CRI: the id of its sandbox container (which carries its own).
@@ -33,6 +33,9 @@ pub struct Annotations {
     /// Overrides the runtime option `group`.
     #[serde(rename = "troupe.dev/group")]
     pub group: Option<String>,
+    /// `linux.cgroupsPath` of the spec.
+    #[serde(skip)]
+    pub cgroup: Option<String>,
 }
 
 impl Annotations {
@@ -40,13 +43,20 @@ impl Annotations {
         #[derive(Deserialize)]
         struct Spec {
             annotations: Option<Annotations>,
+            linux: Option<Linux>,
+        }
+        #[derive(Deserialize)]
+        struct Linux {
+            #[serde(rename = "cgroupsPath")]
+            cgroup: Option<String>,
         }
         let path = bundle.join("config.json");
         let bytes = read_bounded(&path, MAX_SPEC)
             .with_context(|| format!("cannot read {}: `start` runs in the bundle of a container", path.display()))?;
         let spec: Spec = serde_json::from_slice(&bytes)
             .with_context(|| format!("{} is not a valid OCI runtime spec", path.display()))?;
-        Ok(spec.annotations.unwrap_or_default())
+        let cgroup = spec.linux.and_then(|linux| linux.cgroup).filter(|path| !path.is_empty());
+        Ok(Self { cgroup, ..spec.annotations.unwrap_or_default() })
     }
 
     /// The bundle of the pod that this container is a member of: containerd keeps the bundles of a namespace side by side.

@@ -19,6 +19,7 @@ use containerd_shim::{Context as CallContext, Flags};
 use rustix::mount::{UnmountFlags, unmount};
 
 use crate::bundle;
+use crate::cgroup;
 use crate::socket;
 
 const SIGKILL: u32 = 9;
@@ -41,6 +42,11 @@ pub fn delete(flags: &Flags) -> Result<Vec<u8>> {
     };
     let told = bundle::read_address(&bundle).and_then(|socket| end_container(&socket, flags));
     unmount_rootfs(&bundle);
+    if told.is_none()
+        && let Some(cgroup) = cgroup::of_bundle(&bundle)
+    {
+        cgroup::remove(&cgroup);
+    }
     Ok(told.unwrap_or_else(killed_now).write_to_bytes()?)
 }
 

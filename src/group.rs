@@ -75,6 +75,7 @@ impl BuildId {
 /// The identity of a group.
 #[derive(Debug)]
 pub struct GroupKey {
+    kind: GroupKind,
     /// For people: what the process holds, as in `namespace k8s.io/shop`.
     description: String,
     /// The parts in a fixed order; none is left out, so no two keys can run together.
@@ -105,7 +106,11 @@ impl GroupKey {
         // The kind is already in the first part: who reaches the same kind by annotation or by option shares a process.
         let shape = serde_json::to_string(&Options { group: kind, ..options.clone() })?;
         let parts = [kind.to_string(), format!("{containerd}\n{namespace}"), member.to_owned(), build.0.clone(), shape];
-        Ok(Self { description, parts })
+        Ok(Self { kind, description, parts })
+    }
+
+    pub fn kind(&self) -> GroupKind {
+        self.kind
     }
 
     pub fn description(&self) -> &str {

@@ -58,6 +58,8 @@ pub struct ServeArgs {
     pub group: String,
     /// The bundle of the first container: its `log` FIFO is read by containerd. Goes away with its pod.
     pub bundle: PathBuf,
+    /// Where the process belongs, in the words of the spec; none where it holds several pods.
+    pub cgroup: Option<String>,
     /// containerd asked for debug output.
     pub debug: bool,
     pub options: Options,
@@ -237,6 +239,7 @@ mod tests {
             namespace: "k8s.io".into(),
             group: "namespace k8s.io/shop".into(),
             bundle: "/run/b".into(),
+            cgroup: Some("/kubepods/pod1/x".into()),
             debug: true,
             options: Options::default(),
         };

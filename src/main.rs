@@ -15,6 +15,7 @@
 
 mod bootstrap;
 mod bundle;
+mod cgroup;
 mod cleanup;
 mod connections;
 mod events;

@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use troupe_actors::guest::{CompileSettings, Stage};
 use troupe_actors::{Drain, Events, Settings, Supervisor};
 
+use crate::cgroup::Cgroup;
 use crate::connections::Connections;
 use crate::events::{self, Undelivered};
 use crate::image::ContainerdImages;
@@ -51,9 +52,9 @@ pub fn serve(params: ServeParams) -> Result<()> {
     let ServeParams { listener, ready, args } = params;
     let log = logging::start(args.options.log_level, args.debug);
     log.attach(&args.bundle);
-    let prepared = troupe_actors::isolate().context("a shim has to run as root").and_then(|()| guests());
-    let guests = match prepared {
-        Ok(guests) => guests,
+    let prepared = prepare(&args);
+    let (cgroup, guests) = match prepared {
+        Ok(prepared) => prepared,
         Err(error) => {
             ready.fail(&error);
             return Err(error);
@@ -63,7 +64,18 @@ pub fn serve(params: ServeParams) -> Result<()> {
     let result = System::new().block_on(run(listener, ready, args, log, &guests));
     // A guest's blocking call (a read from a dead network file system, say) must not keep the process.
     guests.shutdown_timeout(Duration::from_millis(500));
+    if let Some(cgroup) = cgroup {
+        cgroup.leave();
+    }
     result
+}
+
+/// What has to be done while the process has one thread, and the threads of the guests.
+fn prepare(args: &ServeArgs) -> Result<(Option<Cgroup>, Runtime)> {
+    // First of all: what is used from here on is the pod's.
+    let cgroup = args.cgroup.as_deref().map(Cgroup::join).transpose()?;
+    troupe_actors::isolate().context("a shim has to run as root")?;
+    Ok((cgroup, guests()?))
 }
 
 async fn run(listener: UnixListener, ready: Ready, args: ServeArgs, log: Sinks, guests: &Runtime) -> Result<()> {

@@ -15,7 +15,7 @@ use containerd_shim::{Flags, StartOpts};
 
 use crate::bootstrap::{self, LegacyEnv};
 use crate::bundle::{self, Annotations};
-use crate::group::{BuildId, GroupKey};
+use crate::group::{BuildId, GroupKey, GroupKind};
 use crate::launch::{self, ServeArgs};
 use crate::options::Options;
 use crate::socket::{self, LOCK_WAIT};
@@ -59,6 +59,7 @@ fn daemon_of_group(request: StartOpts, bundle: &Path, annotations: &Annotations)
         namespace: request.namespace,
         group: key.description().to_owned(),
         bundle: bundle.to_owned(),
+        cgroup: annotations.cgroup.clone().filter(|_| key.kind() == GroupKind::Pod),
         debug: request.debug,
         options,
     };

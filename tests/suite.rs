@@ -41,6 +41,7 @@ mod suite {
     pub mod neighbours;
     pub mod packing;
     pub mod pods;
+    pub mod pods_cgroup;
     pub mod pods_images;
     pub mod pods_load;
     pub mod pods_net;
@@ -98,6 +99,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
 /// Over a containerd that makes pods.
 const IN_PODS: &[(&str, Cases)] = &[
     ("pods", suite::pods::CASES),
+    ("pods_cgroup", suite::pods_cgroup::CASES),
     ("pods_images", suite::pods_images::CASES),
     ("pods_load", suite::pods_load::CASES),
     ("pods_net", suite::pods_net::CASES),
