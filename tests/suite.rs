@@ -50,6 +50,8 @@ mod suite {
     pub mod restart;
     pub mod shutdown;
     pub mod stdio;
+    pub mod volumes;
+    pub mod volumes_hostile;
 }
 
 use std::process::ExitCode;
@@ -95,6 +97,8 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("images_hostile", suite::images_hostile::CASES),
     ("packing", suite::packing::CASES),
     ("readme", suite::readme::CASES),
+    ("volumes", suite::volumes::CASES),
+    ("volumes_hostile", suite::volumes_hostile::CASES),
 ];
 /// Over a containerd that makes pods.
 const IN_PODS: &[(&str, Cases)] = &[

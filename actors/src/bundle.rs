@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Process, Root, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Root, Spec};
 
 use crate::error::{Error, Result};
 use crate::pod::Role;
@@ -46,6 +46,8 @@ pub struct Bundle {
     /// The files that the spec mounts over /etc/hosts and /etc/resolv.conf, on the host.
     pub hosts: Option<PathBuf>,
     pub resolv_conf: Option<PathBuf>,
+    /// The mounts of the spec, as they are there.
+    pub mounts: Vec<Mount>,
 }
 
 /// What the spec says of one namespace.
@@ -107,11 +109,6 @@ impl Bundle {
                 "process.terminal: a terminal is not supported yet; run without -t/--tty".into(),
             ));
         }
-        if let Some(volume) = volume(spec) {
-            return Err(Error::Unsupported(format!(
-                "mounts: {volume}: volumes are not supported yet; run without -v/--mount"
-            )));
-        }
         if !process.cwd().is_absolute() {
             return Err(Error::invalid(format!("process.cwd: {:?} is not absolute", process.cwd())));
         }
@@ -129,30 +126,14 @@ impl Bundle {
             annotations: spec.annotations().clone().unwrap_or_default(),
             hosts: source_of(spec, "/etc/hosts"),
             resolv_conf: source_of(spec, "/etc/resolv.conf"),
+            mounts: spec.mounts().clone().unwrap_or_default(),
         })
     }
 }
 
-/// What clients bind without being asked (`ctr --net-host`, nerdctl, CRI): for programs with sockets or shared memory.
-const USUAL_BINDS: [&str; 4] = ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/dev/shm"];
-
-/// The first mount that would bring data of the host into the container; running without it would be a silent lie. The
-/// usual ones (/proc, /sys, /dev, a tmpfs on /run) mean nothing to a wasm guest.
-fn volume(spec: &Spec) -> Option<String> {
-    let is_usual = |mount: &&oci_spec::runtime::Mount| {
-        USUAL_BINDS.iter().any(|usual| mount.destination().as_path() == Path::new(usual))
-    };
-    let is_bind = |mount: &&oci_spec::runtime::Mount| {
-        let options = mount.options().iter().flatten();
-        mount.typ().as_deref() == Some("bind")
-            || options.into_iter().any(|option| option == "bind" || option == "rbind")
-    };
-    let mut mounts = spec.mounts().iter().flatten();
-    mounts.find(|mount| is_bind(mount) && !is_usual(mount)).map(|mount| mount.destination().display().to_string())
-}
-
+/// Of the last mount there, which is in front.
 fn source_of(spec: &Spec, destination: &str) -> Option<PathBuf> {
-    let mut mounts = spec.mounts().iter().flatten();
+    let mut mounts = spec.mounts().iter().flatten().rev();
     mounts.find(|mount| mount.destination() == Path::new(destination))?.source().clone()
 }
 
@@ -208,6 +189,7 @@ impl Bundle {
             role: Role::Alone,
             hosts: None,
             resolv_conf: None,
+            mounts: Vec::new(),
         }
     }
 }
@@ -261,21 +243,6 @@ mod tests {
         assert_eq!(bundle.namespaces.ipc, Namespace::Host);
         assert_eq!(bundle.limits.memory, Some(1 << 20));
         assert!(bundle.readonly && bundle.root == Path::new("/r"));
-    }
-
-    #[test]
-    fn a_volume_is_refused_and_the_usual_mounts_are_not() {
-        let spec = |mount: &str| {
-            parse(&format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"r"}},{PROCESS}}},"mounts":[{mount}]}}"#))
-        };
-        assert!(spec(r#"{"destination":"/proc","type":"proc","source":"proc"}"#).is_ok());
-        assert!(spec(r#"{"destination":"/run","type":"tmpfs","source":"tmpfs","options":["nosuid"]}"#).is_ok());
-        let hosts = r#"{"destination":"/etc/hosts","type":"bind","source":"/etc/hosts","options":["rbind","ro"]}"#;
-        assert!(spec(hosts).is_ok());
-        let error =
-            spec(r#"{"destination":"/data","type":"none","source":"/x","options":["rbind","ro"]}"#).unwrap_err();
-        assert!(error.to_string().contains("/data: volumes are not supported yet"), "{error}");
-        assert!(matches!(error, Error::Unsupported(_)), "{error:?}");
     }
 
     #[test]

@@ -1,9 +1,16 @@
-//! The root filesystem of a container, mounted in the daemon's own mount namespace.
+//! The root filesystem of a container and its volumes, mounted in the daemon's own mount namespace.
 //!
+//! ```text
+//!   root, nothing on it a device ─▶ /dev ─▶ volumes, in their order ─▶ /dev read-only ─▶ root read-only, if asked
+//! ```
 //! Nothing is mounted on the host: [`isolate`] gives the daemon a mount namespace of its own first, so a killed daemon
 //! leaves no mount behind. Everything here blocks: not for an actor's thread.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+mod attach;
+mod target;
+mod volume;
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, makedev, mkdirat, mknodat, openat2};
@@ -14,6 +21,9 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::error::{Error, Result};
 use crate::host;
+use attach::{Attacher, set_attributes};
+use volume::Attributes;
+pub use volume::Volume;
 
 /// One mount of the root filesystem, as containerd's snapshotter describes it.
 #[derive(Debug, Clone, Default)]
@@ -30,6 +40,7 @@ pub struct Mount {
 pub struct RootFs {
     path: PathBuf,
     mounted: bool,
+    is_writable: bool,
 }
 
 /// Gives the calling process a mount namespace of its own that still sees new mounts of the host (volumes), but shows
@@ -61,28 +72,48 @@ fn forget_networks() {
 
 impl RootFs {
     /// Mounts `mounts` (usually one) at `<bundle>/rootfs`; with none, the directory `root` is used, bound there when it
-    /// lies elsewhere. Then `/dev`, then read-only if `readonly`.
+    /// lies elsewhere. Then `/dev` and `volumes`, then read-only if `readonly`.
     ///
     /// # Errors
     /// `Host` with the mount that failed; what was mounted before is unmounted.
-    pub fn mount(bundle: &Path, root: &Path, mounts: &[Mount], readonly: bool) -> Result<Self> {
+    pub fn mount(bundle: &Path, root: &Path, mounts: &[Mount], volumes: &[Volume], readonly: bool) -> Result<Self> {
         let path = bundle.join("rootfs");
         if !path.is_dir() {
             std::fs::create_dir_all(&path).map_err(|e| Error::path("create", &path, e))?;
         }
-        let mut rootfs = Self { path, mounted: false };
+        let mut rootfs = Self { path, mounted: false, is_writable: !readonly };
         if mounts.is_empty() {
             rootfs.bind(root)?;
         }
         for mount in mounts {
             rootfs.add(mount)?;
         }
-        rootfs.add_dev()?;
+        let top = open_dir(&rootfs.path)?;
+        // An image may hold nodes of any device.
+        set_attributes(&top, Attributes::NO_DEVICES, true, None)
+            .map_err(|e| Error::path("forbid devices in", &rootfs.path, e))?;
+        let dev = rootfs.add_dev(volumes.len())?;
+        rootfs.add_volumes(&top, volumes)?;
+        if let Some(dev) = dev {
+            set_attributes(&dev, Attributes::READ_ONLY, false, None)
+                .map_err(|e| Error::path("make read-only", &rootfs.path.join("dev"), e))?;
+        }
         if readonly {
-            mount_remount(&rootfs.path, MountFlags::BIND | MountFlags::RDONLY, "")
+            set_attributes(&top, Attributes::READ_ONLY, false, None)
                 .map_err(|e| Error::path("make read-only", &rootfs.path, e))?;
         }
         Ok(rootfs)
+    }
+
+    /// An empty root, for volumes of a container that has none.
+    pub fn nothing() -> Mount {
+        let options = ["mode=755", "size=1m", "nr_inodes=10k"].map(String::from).to_vec();
+        Mount { kind: "tmpfs".into(), source: "tmpfs".into(), options }
+    }
+
+    /// Whether a guest may write to any part of it.
+    pub fn is_writable(&self) -> bool {
+        self.is_writable
     }
 
     /// Where it is, for this process only.
@@ -117,14 +148,29 @@ impl RootFs {
         Ok(())
     }
 
-    /// A small read-only tmpfs with the five devices of a wasm container. A root that has no `/dev` and takes none
-    /// (read-only below us) goes without.
-    fn add_dev(&self) -> Result<()> {
+    fn add_volumes(&mut self, top: &OwnedFd, volumes: &[Volume]) -> Result<()> {
+        let attacher = Attacher::new(top.as_fd());
+        for volume in volumes {
+            match attacher.attach(volume) {
+                Ok(()) => self.is_writable |= volume.is_writable(),
+                // Nobody asked for it, and the root (read-only below us) has no place for it.
+                Err(Error::Host { source, .. }) if volume.is_usual() && is_read_only(&source) => {
+                    tracing::debug!(root = %self.path.display(), target = %volume.target.display(), "left out");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// A small tmpfs with the five devices of a wasm container, and room for the places of so many volumes. A root that
+    /// has no `/dev` and takes none (read-only below us) goes without.
+    fn add_dev(&self, volumes: usize) -> Result<Option<OwnedFd>> {
         let root = open_dir(&self.path)?;
         let host = |e| Error::path("make the devices in", &self.path.join("dev"), e);
         match mkdirat(&root, "dev", Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(rustix::io::Errno::ROFS) => return Ok(()),
+            Err(rustix::io::Errno::ROFS) => return Ok(None),
             Err(error) => return Err(host(error)),
         }
         // Not through a link of the image: it could name any directory.
@@ -137,15 +183,20 @@ impl RootFs {
         )
         .map_err(host)?;
         let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
-        mount("tmpfs", through(&dev), "tmpfs", flags, c"mode=755,size=4k,nr_inodes=16").map_err(host)?;
+        let room = c_string(&format!("mode=755,size=4k,nr_inodes={}", 16 + 4 * volumes))?;
+        mount("tmpfs", through(&dev), "tmpfs", flags, room.as_deref()).map_err(host)?;
         let dev = open_dir(&self.path.join("dev"))?;
         for (name, minor) in [("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9)] {
             mknodat(&dev, name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(1, minor))
                 .map_err(host)?;
             rustix::fs::chmodat(&dev, name, Mode::from_raw_mode(0o666), rustix::fs::AtFlags::empty()).map_err(host)?;
         }
-        mount_remount(through(&dev), flags | MountFlags::BIND | MountFlags::RDONLY, "").map_err(host)
+        Ok(Some(dev))
     }
+}
+
+fn is_read_only(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::ReadOnlyFilesystem
 }
 
 impl Drop for RootFs {

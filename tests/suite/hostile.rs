@@ -21,7 +21,6 @@ pub const CASES: crate::common::Cases = &[
     ("an_id_in_use_is_refused", id_in_use),
     ("a_guest_that_spins_while_it_is_instantiated", start_loop),
     ("more_memory_than_there_is", huge_memory),
-    ("a_volume_is_refused_and_not_ignored", volume),
 ];
 
 /// Runs `act` with a neighbour in the same process, and compares what the process holds before and after.
@@ -189,14 +188,5 @@ fn huge_memory(containerd: &Containerd) -> Outcome {
         let done = run.to_end()?;
         ensure!(done.code == Some(137) || (done.code == Some(1) && done.stderr.contains("memory")), "{done:?}");
         Ok(())
-    })
-}
-
-/// Volumes come later; until then nobody may believe that a guest has one.
-fn volume(containerd: &Containerd) -> Outcome {
-    leaving_nothing(containerd, "volume", |client| {
-        let mount = format!("type=bind,src={},dst=/data,options=rbind:ro", containerd.folder().display());
-        let run = client.guest("/kit.wasm", &["ls", "/data"])?.option("--mount", &mount);
-        run.expect_error("/data: volumes are not supported yet")
     })
 }

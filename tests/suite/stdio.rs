@@ -213,7 +213,7 @@ fn files(containerd: &Containerd) -> Outcome {
     client.import("test.local/files:latest", &tar)?;
     for kit in KITS {
         let run = |words: &[&str]| client.image("test.local/files:latest", &[&[kit], words].concat());
-        ensure!(run(&["ls", "/"]).expect(0)?.text() == "dev\netc\nkit-component.wasm\nkit.wasm\n");
+        ensure!(run(&["ls", "/"]).expect(0)?.text() == "dev\netc\nkit-component.wasm\nkit.wasm\nrun\n");
         ensure!(run(&["read", "/etc/note"]).expect(0)?.text() == "from the image\n");
         ensure!(run(&["read", "etc/../etc/note"]).expect(0)?.text() == "from the image\n");
         run(&["write-file", "/etc/note", "changed"]).expect(0)?;
@@ -236,7 +236,7 @@ fn devices(containerd: &Containerd) -> Outcome {
     for kit in KITS {
         let run = |words: &[&str]| client(containerd).guest(kit, words);
         let names = run(&["ls", "/dev"])?.expect(0)?.text();
-        ensure!(names == "full\nnull\nrandom\nurandom\nzero\n", "/dev holds {names}");
+        ensure!(names == "full\nnull\nrandom\nshm\nurandom\nzero\n", "/dev holds {names}");
         ensure!(run(&["read", "/dev/null"])?.expect(0)?.text().is_empty());
         run(&["write-file", "/dev/null", "text"])?.expect(0)?;
         run(&["write-file", "/dev/full", "text"])?.expect(1)?;

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::guest::{Budget, CpuTime, Entry, Environment, LoadError, Program, Run, Sockets, Stage};
 use crate::http::{self, HttpSettings};
 use crate::image::Images;
-use crate::mounts::{Mount, RootFs};
+use crate::mounts::{Mount, RootFs, Volume};
 use crate::names::{NameFiles, Names};
 use crate::outgoing::ClientSettings;
 use crate::pod::{Membership, Network, Pods, Role};
@@ -214,7 +214,7 @@ fn environment(bundle: &Bundle, held: &Held, sockets: Sockets, shows: impl Fn(&s
         env: bundle.env.iter().filter(|(name, _)| shows(name)).cloned().collect(),
         cwd: bundle.cwd.to_string_lossy().into_owned(),
         root: held.rootfs.as_ref().map(|rootfs| rootfs.path().to_owned()),
-        readonly: bundle.readonly,
+        readonly: held.rootfs.as_ref().is_some_and(|rootfs| !rootfs.is_writable()),
         sockets,
     }
 }
@@ -235,9 +235,7 @@ fn on_the_host(id: &ContainerId, blueprint: &Blueprint, pods: &Arc<Pods>) -> Res
         let pod = pods.enter(id, &bundle)?;
         return Ok((Found { bundle, program: None, stdio }, Held { pod, rootfs: None }));
     }
-    let has_root = !blueprint.rootfs.is_empty() || bundle.has_root();
-    let mount = || RootFs::mount(&bundle.path, &bundle.root, &blueprint.rootfs, bundle.readonly);
-    let rootfs = has_root.then(mount).transpose()?;
+    let rootfs = root_of(&bundle, &blueprint.rootfs)?;
     let root = rootfs.as_ref().map(RootFs::path);
     let source = program::find(id, &bundle, root, &*blueprint.images, blueprint.settings.max_module_size)?;
     if bundle.args.is_empty() {
@@ -246,4 +244,16 @@ fn on_the_host(id: &ContainerId, blueprint: &Blueprint, pods: &Arc<Pods>) -> Res
     }
     let pod = pods.enter(id, &bundle)?;
     Ok((Found { bundle, program: Some(source), stdio }, Held { pod, rootfs }))
+}
+
+/// The root filesystem with its volumes. Without one, volumes that somebody asked for have a root of their own.
+fn root_of(bundle: &Bundle, mounts: &[Mount]) -> Result<Option<RootFs>> {
+    let volumes = Volume::all(&bundle.mounts, &bundle.path)?;
+    if !mounts.is_empty() || bundle.has_root() {
+        return RootFs::mount(&bundle.path, &bundle.root, mounts, &volumes, bundle.readonly).map(Some);
+    }
+    if volumes.iter().all(Volume::is_usual) {
+        return Ok(None);
+    }
+    RootFs::mount(&bundle.path, &bundle.root, &[RootFs::nothing()], &volumes, true).map(Some)
 }

@@ -11,9 +11,14 @@
 //!     write BYTES             see `streams::write`        recurse                  exhaust the stack
 //!     read PATH               a file to stdout            random BYTES             hexadecimal, one line
 //!     write-file PATH TEXT    replace a file              ls PATH                  names, sorted
+//!     append PATH TEXT        to a file                   stat PATH                its kind and size
+//!     mkdir PATH | rm PATH    a folder; that or a file    rename FROM TO | link FROM TO
+//!     fill PATH BYTES         see `files::fill`           watch PATH TIMES         see `files::watch`
+//!     each CMD , CMD ...      see `files::each`
 //!
 //! Exit codes: 0 done, 1 the host refused something (stderr says what), 2 a mistake in the arguments, else as above.
 //! Output is written as it happens: nothing waits in a buffer of the guest, so what is missing was lost by the host.
+mod files;
 mod harm;
 mod streams;
 mod time;
@@ -73,7 +78,16 @@ fn run(arguments: &[OsString]) -> Outcome {
         "write" => streams::write(number(rest, 0)?),
         "read" => streams::copy(fs::File::open(text(rest, 0)?)?),
         "write-file" => Ok(fs::write(text(rest, 0)?, text(rest, 1)?.as_encoded_bytes()).map(|()| 0)?),
-        "ls" => streams::lines(names(text(rest, 0)?)?),
+        "ls" => files::names(text(rest, 0)?),
+        "append" => files::append(text(rest, 0)?, text(rest, 1)?),
+        "stat" => files::stat(text(rest, 0)?),
+        "mkdir" => files::make_folder(text(rest, 0)?),
+        "rm" => files::remove(text(rest, 0)?),
+        "rename" => files::rename(text(rest, 0)?, text(rest, 1)?),
+        "link" => files::link(text(rest, 0)?, text(rest, 1)?),
+        "fill" => files::fill(text(rest, 0)?, number(rest, 1)?),
+        "watch" => files::watch(text(rest, 0)?, number(rest, 1)?),
+        "each" => files::each(rest),
         "random" => streams::random(number(rest, 0)?),
         "sleep" => time::sleep(number(rest, 0)?),
         "tick" => time::tick(number(rest, 0)?, optional(rest, 1)?),
@@ -115,10 +129,4 @@ fn variables() -> Vec<OsString> {
         env::vars_os().map(|pair| <[OsString; 2]>::from(pair).join(OsStr::new("="))).collect();
     lines.sort();
     lines
-}
-
-fn names(folder: &OsStr) -> io::Result<Vec<OsString>> {
-    let mut names = fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
-    names.sort();
-    Ok(names)
 }
