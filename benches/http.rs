@@ -17,6 +17,7 @@
 mod common;
 #[path = "http/paced.rs"]
 mod paced;
+#[expect(dead_code, reason = "other benches use the rest of it")]
 mod report;
 
 use std::convert::Infallible;
