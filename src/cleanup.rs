@@ -2,7 +2,8 @@
 //!
 //! It has five seconds, for every container of a dead daemon, and the answer must come although nothing is left to
 //! clean. So every step is bounded and none can fail the verb: a living daemon is told to end this one container, a
-//! dead one's socket is removed, a root filesystem that is still mounted is let go.
+//! dead one's socket is removed, a native container is killed and removed through runc, a root filesystem that is still
+//! mounted is let go.
 
 use std::path::Path;
 use std::sync::mpsc;
@@ -27,6 +28,8 @@ const SIGKILL: u32 = 9;
 /// All that a living daemon gets; with the lock below it stays clear of containerd's five seconds.
 const DAEMON_WAIT: Duration = Duration::from_secs(3);
 const LOCK_WAIT: Duration = Duration::from_secs(1);
+/// For runc to kill and remove a native container, mostly after a daemon that is dead and cost no wait.
+const RUNC_WAIT: Duration = Duration::from_secs(3);
 
 /// A guest is gone within 100 ms of a SIGKILL: asking again after a moment is enough.
 const RETRY: Duration = Duration::from_millis(20);
@@ -41,6 +44,8 @@ pub fn delete(flags: &Flags) -> Result<Vec<u8>> {
         path => path.into(),
     };
     let told = bundle::read_address(&bundle).and_then(|socket| end_container(&socket, flags));
+    // Native containers outlive the daemon that started them. Nobody reads an error: the reply is all that counts.
+    let _ = troupe_actors::clean_up_native(&bundle, RUNC_WAIT);
     unmount_rootfs(&bundle);
     if told.is_none()
         && let Some(cgroup) = cgroup::of_bundle(&bundle)

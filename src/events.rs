@@ -14,7 +14,10 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, Result};
 use containerd_shim::util::convert_to_any;
 use containerd_shim_protos::api::ForwardRequest;
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskIO, TaskOOM, TaskStart};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
+};
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::protobuf::{MessageDyn, MessageField};
 use containerd_shim_protos::shim::event::Envelope;
@@ -97,8 +100,14 @@ impl Queue {
 
 fn matters(kind: &EventKind) -> bool {
     match kind {
-        EventKind::Exited { .. } | EventKind::OutOfMemory => true,
-        EventKind::Created { .. } | EventKind::Started { .. } | EventKind::Deleted { .. } => false,
+        EventKind::Exited { .. } | EventKind::ExecExited { .. } | EventKind::OutOfMemory => true,
+        EventKind::Created { .. }
+        | EventKind::Started { .. }
+        | EventKind::Paused
+        | EventKind::Resumed
+        | EventKind::ExecAdded { .. }
+        | EventKind::ExecStarted { .. }
+        | EventKind::Deleted { .. } => false,
     }
 }
 
@@ -181,16 +190,21 @@ fn encode(event: &Event) -> (&'static str, Box<dyn MessageDyn>) {
         EventKind::OutOfMemory => {
             (topics::TASK_OOM_EVENT_TOPIC, Box::new(TaskOOM { container_id, ..Default::default() }))
         }
-        EventKind::Exited { pid, code } => {
-            let exited = TaskExit {
-                id: container_id.clone(),
-                container_id,
-                pid: *pid,
-                exit_status: *code,
-                exited_at: MessageField::some(timestamp(event.at)),
-                ..Default::default()
-            };
-            (topics::TASK_EXIT_EVENT_TOPIC, Box::new(exited))
+        EventKind::Exited { pid, code } => exit(container_id.clone(), container_id, (*pid, *code), event.at),
+        EventKind::ExecExited { exec, pid, code } => exit(exec.clone(), container_id, (*pid, *code), event.at),
+        EventKind::Paused => {
+            (topics::TASK_PAUSED_EVENT_TOPIC, Box::new(TaskPaused { container_id, ..Default::default() }))
+        }
+        EventKind::Resumed => {
+            (topics::TASK_RESUMED_EVENT_TOPIC, Box::new(TaskResumed { container_id, ..Default::default() }))
+        }
+        EventKind::ExecAdded { exec } => {
+            let added = TaskExecAdded { container_id, exec_id: exec.clone(), ..Default::default() };
+            (topics::TASK_EXEC_ADDED_EVENT_TOPIC, Box::new(added))
+        }
+        EventKind::ExecStarted { exec, pid } => {
+            let started = TaskExecStarted { container_id, exec_id: exec.clone(), pid: *pid, ..Default::default() };
+            (topics::TASK_EXEC_STARTED_EVENT_TOPIC, Box::new(started))
         }
         EventKind::Deleted { pid, code, exited_at } => {
             let deleted = TaskDelete {
@@ -203,6 +217,24 @@ fn encode(event: &Event) -> (&'static str, Box<dyn MessageDyn>) {
             (topics::TASK_DELETE_EVENT_TOPIC, Box::new(deleted))
         }
     }
+}
+
+/// `id` is the container's own, or an exec's.
+fn exit(
+    id: String,
+    container_id: String,
+    (pid, code): (u32, u32),
+    at: SystemTime,
+) -> (&'static str, Box<dyn MessageDyn>) {
+    let exited = TaskExit {
+        container_id,
+        id,
+        pid,
+        exit_status: code,
+        exited_at: MessageField::some(timestamp(at)),
+        ..Default::default()
+    };
+    (topics::TASK_EXIT_EVENT_TOPIC, Box::new(exited))
 }
 
 /// A time as protobuf has it; before 1970 is 1970.

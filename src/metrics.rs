@@ -7,18 +7,24 @@ use containerd_shim_protos::cgroups::metrics as v1;
 use containerd_shim_protos::cgroups_v2::metrics as v2;
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use troupe_actors::Usage;
+use troupe_actors::{Measured, Usage};
+
+use crate::native_metrics;
 
 /// The host's version: CRI and kubelet expect the one they would find in its cgroups.
 pub fn host_has_cgroup_v2() -> bool {
     Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
 }
 
-/// `usage` as `io.containerd.cgroups.v1.Metrics` or `v2.Metrics`.
+/// What was measured as `io.containerd.cgroups.v1.Metrics` or `v2.Metrics`.
 ///
 /// # Errors
 /// When the message cannot be encoded.
-pub fn encode(usage: &Usage, cgroup_v2: bool) -> containerd_shim::Result<Any> {
+pub fn encode(measured: &Measured, cgroup_v2: bool) -> containerd_shim::Result<Any> {
+    let usage = match measured {
+        Measured::Guest(usage) => usage,
+        Measured::Native(stats) => return native_metrics::encode(stats),
+    };
     if cgroup_v2 { convert_to_any(Box::new(to_v2(usage))) } else { convert_to_any(Box::new(to_v1(usage))) }
 }
 
@@ -98,8 +104,9 @@ mod tests {
             out_of_memory: true,
             throttled: Throttled { periods: 5, throttled: 3, time: Duration::from_micros(2500) },
         };
-        assert_eq!(encode(&usage, false).unwrap().type_url, "io.containerd.cgroups.v1.Metrics");
-        assert_eq!(encode(&usage, true).unwrap().type_url, "io.containerd.cgroups.v2.Metrics");
+        let measured = Measured::Guest(usage);
+        assert_eq!(encode(&measured, false).unwrap().type_url, "io.containerd.cgroups.v1.Metrics");
+        assert_eq!(encode(&measured, true).unwrap().type_url, "io.containerd.cgroups.v2.Metrics");
         assert_eq!(to_v1(&usage).cpu.usage.total, 1_500_000);
         assert_eq!(to_v2(&usage).cpu.usage_usec, 1500);
         assert_eq!(to_v2(&usage).memory_events.oom_kill, 1);

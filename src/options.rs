@@ -18,9 +18,10 @@ use containerd_shim::protos::protobuf::CodedInputStream;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use troupe_actors::{HttpSettings, Settings, SocketPolicy, parse_bytes, parse_duration};
+use troupe_actors::{HttpSettings, RuncOptions, Settings, SocketPolicy, parse_bytes, parse_duration};
 
 use crate::group::GroupKind;
+use crate::runc_options;
 
 /// The keys of this shim, in the order the README lists them.
 const KEYS: [&str; 10] = [
@@ -36,21 +37,16 @@ const KEYS: [&str; 10] = [
     "log_level",
 ];
 
-/// Keys that belong to runc or to CRI. People copy a runc runtime's table and change its `runtime_type`; none of these
-/// means anything for a guest in wasm, so they neither fail nor act. Compared without case, as containerd does.
-const FOREIGN_KEYS: [&str; 17] = [
+/// Keys that belong to runc or to CRI, besides those of `runc_options`. People copy a runc runtime's table and change its `runtime_type`; none of these
+/// means anything here, so they neither fail nor act. Compared without case, as containerd does.
+const FOREIGN_KEYS: [&str; 12] = [
     "TypeUrl",
     "ConfigPath",
     "ConfigBody",
-    "NoPivotRoot",
-    "NoNewKeyring",
     "ShimCgroup",
     "IoUid",
     "IoGid",
-    "BinaryName",
-    "Root",
     "CriuPath",
-    "SystemdCgroup",
     "CriuImagePath",
     "CriuWorkPath",
     "TaskApiAddress",
@@ -85,6 +81,9 @@ pub struct Options {
     /// What servers are told unless they say otherwise: checked texts, by their keys.
     #[serde(default)]
     pub http: BTreeMap<String, String>,
+    /// How runc is called for native containers.
+    #[serde(default)]
+    pub runc: RuncOptions,
     /// What the daemon logs; without it, containerd's own level decides.
     pub log_level: Option<LogLevel>,
 }
@@ -112,6 +111,7 @@ impl Default for Options {
             drain_timeout,
             sockets,
             http,
+            runc,
         } = Settings::default();
         Self {
             group: GroupKind::default(),
@@ -124,6 +124,7 @@ impl Default for Options {
             max_module_size,
             sockets,
             http,
+            runc,
             log_level: None,
         }
     }
@@ -155,6 +156,7 @@ impl Options {
             drain_timeout: self.drain_timeout,
             sockets: self.sockets,
             http: self.http.clone(),
+            runc: self.runc.clone(),
         }
     }
 
@@ -204,6 +206,9 @@ impl Options {
                         .context("must be one of error, warn, info, debug, trace")
                         .with_context(named)?,
                 );
+            }
+            runc if runc_options::is_key(runc) => {
+                runc_options::set(&mut self.runc, runc, value).with_context(named)?;
             }
             foreign if FOREIGN_KEYS.iter().any(|known| known.eq_ignore_ascii_case(foreign)) => {}
             _ => self.set_http(key, value)?,

@@ -52,15 +52,17 @@ fn every_key_is_understood() {
             ("http_request_timeout".to_owned(), "5s".to_owned()),
             ("http_backlog".to_owned(), "7".to_owned()),
         ]),
+        runc: RuncOptions::default(),
         log_level: Some(LogLevel::Debug),
     };
     assert_eq!(options, expected);
 }
 
 #[test]
-fn keys_of_runc_and_cri_are_ignored() {
-    let body = "SystemdCgroup = true\nBinaryName = \"runc\"\nRoot = \"\"\nIoUid = 0\nTypeUrl = \"\"\nconfigpath = \"\"";
-    assert_eq!(parse(body).unwrap(), Options::default());
+fn keys_of_runc_act_on_native_containers_and_those_of_cri_are_ignored() {
+    let body = "SystemdCgroup = true\nBinaryName = \"crun\"\nRoot = \"\"\nIoUid = 0\nTypeUrl = \"\"\nconfigpath = \"\"";
+    let runc = RuncOptions { binary: Some("crun".into()), systemd_cgroup: true, ..RuncOptions::default() };
+    assert_eq!(parse(body).unwrap(), Options { runc, ..Options::default() });
 }
 
 #[test]

@@ -60,6 +60,8 @@ pub fn serve(params: ServeParams) -> Result<()> {
             return Err(error);
         }
     };
+    // Native programs get the limit that we began with.
+    troupe_actors::keep_descriptor_limit();
     raise_descriptor_limit();
     let result = System::new().block_on(run(listener, ready, args, log, &guests));
     // A guest's blocking call (a read from a dead network file system, say) must not keep the process.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use actix::Addr;
 use async_trait::async_trait;
+use containerd_shim::util::convert_to_any;
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
     DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
@@ -16,18 +17,21 @@ use containerd_shim_protos::api::{
     StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::Task;
+use containerd_shim_protos::ttrpc::Result;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
-use containerd_shim_protos::ttrpc::{self, Result};
 use tokio::sync::oneshot;
 use troupe_actors::{
-    Blueprint, ContainerId, Create, Delete, Error, Find, Handle, Images, Kill, Mount, Phase, Settings, Start,
-    StdioPaths, Supervisor, Update,
+    AddExec, Blueprint, ContainerId, Create, Delete, DeleteExec, Error, ExecPids, Find, FindExec, Handle, Images, Kill,
+    KillExec, Mount, Pass, Pause, Phase, Resume, Settings, Start, StartExec, StdioPaths, Supervisor, Update,
 };
 
 use crate::events::timestamp;
 use crate::logging::Sinks;
 use crate::metrics;
+use crate::runc_options;
 use crate::status::{to_ttrpc, unimplemented};
 
 /// Names the containerd namespace of a call.
@@ -52,8 +56,11 @@ impl TaskService {
     }
 
     async fn find(&self, ctx: &TtrpcContext, id: &str, exec_id: &str) -> Result<Handle> {
-        no_exec(exec_id)?;
-        self.ask(Find(self.id(ctx, id))).await
+        let id = self.id(ctx, id);
+        match exec_id {
+            "" => self.ask(Find(id)).await,
+            exec => self.ask(Pass { id, message: FindExec(exec.to_owned()) }).await,
+        }
     }
 
     fn blueprint(&self, request: &CreateTaskRequest) -> Blueprint {
@@ -72,6 +79,7 @@ impl TaskService {
                 terminal: request.terminal,
             },
             settings: Arc::clone(&self.settings),
+            runc: runc_options::of_request(request.options.as_ref()),
             images: Arc::clone(&self.images),
         }
     }
@@ -90,7 +98,7 @@ impl TaskService {
 impl Task for TaskService {
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
         if !request.checkpoint.is_empty() {
-            return Err(unimplemented("a wasm container cannot be restored from a checkpoint"));
+            return Err(unimplemented("a container cannot be restored from a checkpoint"));
         }
         let bundle = Path::new(&request.bundle);
         self.log.attach(bundle);
@@ -103,15 +111,22 @@ impl Task for TaskService {
     }
 
     async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
-        no_exec(&request.exec_id)?;
-        let pid = self.ask(Start(self.id(ctx, &request.id))).await?;
+        let id = self.id(ctx, &request.id);
+        let pid = match request.exec_id.as_str() {
+            "" => self.ask(Start(id)).await?,
+            exec => self.ask(Pass { id, message: StartExec(exec.to_owned()) }).await?,
+        };
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> Result<Empty> {
-        no_exec(&request.exec_id)?;
+        let (id, signal, all) = (self.id(ctx, &request.id), request.signal, request.all);
+        if !request.exec_id.is_empty() {
+            self.ask(Pass { id, message: KillExec { exec: request.exec_id, signal } }).await?;
+            return Ok(Empty::new());
+        }
         let (reply, answer) = oneshot::channel();
-        self.supervisor.do_send(Kill { id: self.id(ctx, &request.id), signal: request.signal, reply });
+        self.supervisor.do_send(Kill { id, signal, all, reply });
         let answer = answer.await.unwrap_or_else(|_| Err(Error::Internal("a kill was lost".into())));
         answer.map(|()| Empty::new()).map_err(to_ttrpc)
     }
@@ -126,11 +141,18 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
-        let handle = self.find(ctx, &request.id, &request.exec_id).await?;
-        let exit = self.ask(Delete(handle.id)).await?;
-        self.log.detach(&handle.bundle);
+        let id = self.id(ctx, &request.id);
+        let (pid, exit) = match request.exec_id.as_str() {
+            "" => {
+                let handle = self.ask(Find(id)).await?;
+                let exit = self.ask(Delete(handle.id)).await?;
+                self.log.detach(&handle.bundle);
+                (handle.pid, exit)
+            }
+            exec => self.ask(Pass { id, message: DeleteExec(exec.to_owned()) }).await?,
+        };
         Ok(DeleteResponse {
-            pid: handle.pid,
+            pid,
             exit_status: exit.code,
             exited_at: MessageField::some(timestamp(exit.at)),
             ..Default::default()
@@ -143,10 +165,12 @@ impl Task for TaskService {
         let status = match phase {
             Phase::Created => Status::CREATED,
             Phase::Running => Status::RUNNING,
+            Phase::Paused => Status::PAUSED,
             Phase::Stopped(_) => Status::STOPPED,
         };
         Ok(StateResponse {
-            id: request.id,
+            id: if request.exec_id.is_empty() { request.id } else { request.exec_id.clone() },
+            exec_id: request.exec_id,
             bundle: handle.bundle.display().to_string(),
             pid: handle.pid,
             status: status.into(),
@@ -160,11 +184,14 @@ impl Task for TaskService {
         })
     }
 
-    /// One process, the anchor: an empty list is a leaked task to containerd 1.7–2.2.
+    /// Of a guest one process, the anchor: an empty list is a leaked task to containerd 1.7–2.2.
     async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
-        let handle = self.find(ctx, &request.id, "").await?;
-        let process = ProcessInfo { pid: handle.pid, ..Default::default() };
-        Ok(PidsResponse { processes: vec![process], ..Default::default() })
+        let pids = self.find(ctx, &request.id, "").await?.processes().await.map_err(to_ttrpc)?;
+        let mut execs = self.ask(Pass { id: self.id(ctx, &request.id), message: ExecPids }).await?;
+        let process =
+            |pid| ProcessInfo { pid, info: execs.remove(&pid).and_then(details).into(), ..Default::default() };
+        let processes = pids.into_iter().map(process).collect();
+        Ok(PidsResponse { processes, ..Default::default() })
     }
 
     async fn connect(&self, ctx: &TtrpcContext, request: ConnectRequest) -> Result<ConnectResponse> {
@@ -181,8 +208,8 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, ctx: &TtrpcContext, request: StatsRequest) -> Result<StatsResponse> {
-        let usage = self.find(ctx, &request.id, "").await?.usage();
-        let encoded = metrics::encode(&usage, self.cgroup_v2);
+        let measured = self.find(ctx, &request.id, "").await?.measure().await.map_err(to_ttrpc)?;
+        let encoded = metrics::encode(&measured, self.cgroup_v2);
         let stats = encoded.map_err(|e| to_ttrpc(Error::Internal(format!("encode the statistics: {e}"))))?;
         Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
@@ -192,39 +219,55 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn exec(&self, _: &TtrpcContext, _: ExecProcessRequest) -> Result<Empty> {
-        Err(unimplemented("exec is not supported yet: a wasm container has no shell to execute"))
+    async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
+        let stdio = StdioPaths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        let process = request.spec.into_option().unwrap_or_default().value;
+        let message = AddExec { exec: request.exec_id, process, stdio };
+        self.ask(Pass { id: self.id(ctx, &request.id), message }).await?;
+        Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> Result<Empty> {
-        Err(unimplemented("pause is not supported yet"))
+    async fn pause(&self, ctx: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
+        self.ask(Pass { id: self.id(ctx, &request.id), message: Pause }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> Result<Empty> {
-        Err(unimplemented("resume is not supported yet: no container can be paused"))
+    async fn resume(&self, ctx: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
+        self.ask(Pass { id: self.id(ctx, &request.id), message: Resume }).await?;
+        Ok(Empty::new())
     }
 
     async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
-        let id = self.id(ctx, &request.id);
-        let text = request.resources.value.as_slice();
-        let resources = serde_json::from_slice(text)
+        let handle = self.find(ctx, &request.id, "").await?;
+        let text = request.resources.into_option().unwrap_or_default().value;
+        if let Some(updated) = handle.update_native(&text).await {
+            return updated.map(|()| Empty::new()).map_err(to_ttrpc);
+        }
+        let id = handle.id;
+        let resources = serde_json::from_slice(&text)
             .map_err(|e| to_ttrpc(Error::invalid(format!("container {id}: the resources of an update: {e}"))))?;
         self.ask(Update { id, resources }).await?;
         Ok(Empty::new())
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> Result<Empty> {
-        Err(unimplemented("resize is not supported: WASI has no terminals"))
+    async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
+        let handle = self.find(ctx, &request.id, &request.exec_id).await?;
+        let side = |cells: u32| u16::try_from(cells).unwrap_or(u16::MAX);
+        handle.resize(side(request.width), side(request.height)).map_err(to_ttrpc)?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Result<Empty> {
-        Err(unimplemented("a wasm container cannot be checkpointed"))
+        Err(unimplemented("a container cannot be checkpointed"))
     }
 }
 
-fn no_exec(exec_id: &str) -> Result<()> {
-    match exec_id {
-        "" => Ok(()),
-        other => Err(ttrpc::error::get_rpc_status(ttrpc::Code::NOT_FOUND, format!("exec {other}: not found"))),
-    }
+/// Tells an exec from the other processes, in the message of runc's shim. What cannot be encoded is left out.
+fn details(exec_id: String) -> Option<Any> {
+    convert_to_any(Box::new(ProcessDetails { exec_id, ..Default::default() })).ok()
 }

@@ -38,6 +38,8 @@ mod suite {
     pub mod limits;
     pub mod limits_http;
     pub mod load;
+    pub mod native;
+    pub mod native_api;
     pub mod neighbours;
     pub mod packing;
     pub mod pods;
@@ -78,6 +80,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("restart", suite::restart::CASES),
     ("neighbours", suite::neighbours::CASES),
     ("daemon", suite::daemon::CASES),
+    ("native", suite::native::CASES),
     ("recovery", suite::recovery::CASES),
     ("greedy", suite::greedy::CASES),
     ("shutdown", suite::shutdown::CASES),
@@ -119,6 +122,7 @@ const BARE: &[(&str, BareCases)] = &[
     ("images_absent", suite::images_absent::BARE),
     ("http_load", suite::http_load::BARE),
     ("load", suite::load::BARE),
+    ("native_api", suite::native_api::BARE),
     ("recovery", suite::recovery::BARE),
     ("shutdown", suite::shutdown::BARE),
     ("packing", suite::packing::BARE),

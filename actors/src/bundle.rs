@@ -48,6 +48,8 @@ pub struct Bundle {
     pub resolv_conf: Option<PathBuf>,
     /// The mounts of the spec, as they are there.
     pub mounts: Vec<Mount>,
+    /// The spec asks for a terminal.
+    pub terminal: bool,
 }
 
 /// What the spec says of one namespace.
@@ -104,11 +106,6 @@ impl Bundle {
         let process = spec.process().as_ref().ok_or_else(|| Error::invalid("process: missing"))?;
         // A client whose image has no root filesystem may leave it out.
         let root = spec.root().as_ref();
-        if process.terminal() == Some(true) {
-            return Err(Error::Unsupported(
-                "process.terminal: a terminal is not supported yet; run without -t/--tty".into(),
-            ));
-        }
         if !process.cwd().is_absolute() {
             return Err(Error::invalid(format!("process.cwd: {:?} is not absolute", process.cwd())));
         }
@@ -127,6 +124,7 @@ impl Bundle {
             hosts: source_of(spec, "/etc/hosts"),
             resolv_conf: source_of(spec, "/etc/resolv.conf"),
             mounts: spec.mounts().clone().unwrap_or_default(),
+            terminal: process.terminal() == Some(true),
         })
     }
 }
@@ -190,6 +188,7 @@ impl Bundle {
             hosts: None,
             resolv_conf: None,
             mounts: Vec::new(),
+            terminal: false,
         }
     }
 }

@@ -28,6 +28,21 @@ pub struct Settings {
     pub sockets: SocketPolicy,
     /// What servers are told unless they say otherwise, by the keys of the runtime options (`http_…`).
     pub http: BTreeMap<String, String>,
+    /// How runc is called for native containers, unless one says otherwise.
+    pub runc: RuncOptions,
+}
+
+/// Those of runc's own runtime options that act on native containers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuncOptions {
+    /// Name or path of the binary; `runc` without it.
+    pub binary: Option<String>,
+    /// Folder of its state; containerd's own plus `runc` without it.
+    pub root: Option<PathBuf>,
+    /// Cgroups are made by systemd. So they are, unasked, for a cgroup path that is meant for it.
+    pub systemd_cgroup: bool,
+    pub no_pivot_root: bool,
+    pub no_new_keyring: bool,
 }
 
 impl Default for Settings {
@@ -42,6 +57,7 @@ impl Default for Settings {
             drain_timeout: Duration::from_secs(10),
             sockets: SocketPolicy::Allow,
             http: BTreeMap::new(),
+            runc: RuncOptions::default(),
         }
     }
 }

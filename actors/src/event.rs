@@ -1,7 +1,7 @@
 //! The facts that leave this crate: what happened to which container, in order.
 //!
 //! The edge turns them into containerd's events. One channel per process keeps the order in which actors said them;
-//! for one task that is Create < Start < (Oom <) Exit < Delete.
+//! for one task that is Create < Start < (Oom <) Exit < Delete, and its execs' before its own exit.
 
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -33,12 +33,22 @@ pub enum EventKind {
     OutOfMemory,
     /// The guest is gone and its output complete.
     Exited { pid: u32, code: u32 },
+    /// All its processes stand still.
+    Paused,
+    /// They go on.
+    Resumed,
+    /// A further process is to run in it.
+    ExecAdded { exec: String },
+    /// It runs.
+    ExecStarted { exec: String, pid: u32 },
+    /// It has ended, its output complete.
+    ExecExited { exec: String, pid: u32, code: u32 },
     /// The container and all it held are gone.
     Deleted { pid: u32, code: u32, exited_at: SystemTime },
 }
 
-/// Where facts are told. Unbounded by type, bounded by construction: a container tells at most five facts, and the edge
-/// drains this channel into its own bounded queue without ever waiting for containerd.
+/// Where facts are told. Unbounded by type, bounded by construction: a container tells a few facts, or one for a call of
+/// containerd's, and the edge drains this channel into its own bounded queue without ever waiting for containerd.
 #[derive(Debug, Clone)]
 pub struct Events(mpsc::UnboundedSender<Event>);
 

@@ -72,37 +72,47 @@ fn forget_networks() {
 
 impl RootFs {
     /// Mounts `mounts` (usually one) at `<bundle>/rootfs`; with none, the directory `root` is used, bound there when it
-    /// lies elsewhere. Then `/dev` and `volumes`, then read-only if `readonly`.
+    /// lies elsewhere. Nothing is added to what the image holds: see [`furnish`](Self::furnish).
     ///
     /// # Errors
     /// `Host` with the mount that failed; what was mounted before is unmounted.
-    pub fn mount(bundle: &Path, root: &Path, mounts: &[Mount], volumes: &[Volume], readonly: bool) -> Result<Self> {
+    pub fn mount(bundle: &Path, root: &Path, mounts: &[Mount]) -> Result<Self> {
         let path = bundle.join("rootfs");
         if !path.is_dir() {
             std::fs::create_dir_all(&path).map_err(|e| Error::path("create", &path, e))?;
         }
-        let mut rootfs = Self { path, mounted: false, is_writable: !readonly };
+        let mut rootfs = Self { path, mounted: false, is_writable: false };
         if mounts.is_empty() {
             rootfs.bind(root)?;
         }
         for mount in mounts {
             rootfs.add(mount)?;
         }
-        let top = open_dir(&rootfs.path)?;
+        Ok(rootfs)
+    }
+
+    /// Makes it what a wasm container sees: with `/dev` and `volumes`, then read-only if `readonly`. For others runc does
+    /// that.
+    ///
+    /// # Errors
+    /// `Host` with the mount that failed.
+    pub fn furnish(&mut self, volumes: &[Volume], readonly: bool) -> Result<()> {
+        self.is_writable = !readonly;
+        let top = open_dir(&self.path)?;
         // An image may hold nodes of any device.
         set_attributes(&top, Attributes::NO_DEVICES, true, None)
-            .map_err(|e| Error::path("forbid devices in", &rootfs.path, e))?;
-        let dev = rootfs.add_dev(volumes.len())?;
-        rootfs.add_volumes(&top, volumes)?;
+            .map_err(|e| Error::path("forbid devices in", &self.path, e))?;
+        let dev = self.add_dev(volumes.len())?;
+        self.add_volumes(&top, volumes)?;
         if let Some(dev) = dev {
             set_attributes(&dev, Attributes::READ_ONLY, false, None)
-                .map_err(|e| Error::path("make read-only", &rootfs.path.join("dev"), e))?;
+                .map_err(|e| Error::path("make read-only", &self.path.join("dev"), e))?;
         }
         if readonly {
             set_attributes(&top, Attributes::READ_ONLY, false, None)
-                .map_err(|e| Error::path("make read-only", &rootfs.path, e))?;
+                .map_err(|e| Error::path("make read-only", &self.path, e))?;
         }
-        Ok(rootfs)
+        Ok(())
     }
 
     /// An empty root, for volumes of a container that has none.

@@ -179,6 +179,11 @@ impl<'a> Run<'a> {
         command
     }
 
+    /// The command line of a foreground run.
+    pub fn foreground(&self) -> Command {
+        self.command("--rm")
+    }
+
     /// In the foreground, `ctr` taking the container away when it ended.
     pub fn spawn(&self) -> Result<Job> {
         Job::spawn(self.command("--rm"))

@@ -21,6 +21,7 @@ pub mod guests;
 pub mod http;
 pub mod image;
 pub mod job;
+pub mod native;
 pub mod node;
 pub mod proc;
 pub mod recorder;

@@ -5,102 +5,44 @@
 //! never enter a mailbox.
 
 mod entrypoint;
+mod exec;
+mod handle;
 mod messages;
+mod native;
 mod prepare;
 mod program;
 mod state;
 mod work;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, ResponseActFuture, WrapFuture};
+use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, ResponseActFuture, WrapFuture, fut};
 use tokio::sync::watch;
 
-pub use messages::{Delete, Kill, Start, Update};
-pub use prepare::{Blueprint, Prepared, prepare};
+pub use handle::{Handle, Measured, Usage};
+pub use messages::{
+    AddExec, Delete, DeleteExec, ExecPids, FindExec, Kill, KillExec, Pause, Resume, Start, StartExec, Update,
+};
+pub use prepare::{Blueprint, Prepared, Shared, prepare};
 pub use state::{Exit, Phase};
 
 use crate::ContainerId;
 use crate::error::{Error, Result};
 use crate::event::{EventKind, Events};
-use crate::guest::{Budget, CpuTime, Outcome, Stage, Throttled};
+use crate::guest::{Outcome, Stage};
 use crate::resources::Limits;
 use crate::signals::Signals;
-use crate::stdio::{Keeper, StdioPaths};
+use exec::Execs;
+use handle::Native;
 use messages::Ended;
+use native::Starting;
 use prepare::Held;
 use state::{Killed, State};
 use work::Work;
 
 /// Exit code of a container that was deleted before it ran: as if killed.
 const NEVER_RAN: u32 = 137;
-
-/// What everybody may know of a container, without asking its actor.
-#[derive(Clone)]
-pub struct Handle {
-    pub id: ContainerId,
-    pub bundle: PathBuf,
-    pub stdio: StdioPaths,
-    /// The anchor thread's id.
-    pub pid: u32,
-    phase: watch::Receiver<Phase>,
-    stdin: Option<Keeper>,
-    budget: Arc<Budget>,
-    cpu: Arc<CpuTime>,
-}
-
-/// What a container uses.
-#[derive(Debug, Clone, Copy)]
-pub struct Usage {
-    /// CPU time of its guest.
-    pub cpu: std::time::Duration,
-    /// Memory its guest reserved, in bytes: now, at most, and its limit.
-    pub memory: u64,
-    pub memory_peak: u64,
-    pub memory_limit: Option<u64>,
-    /// Whether it was ended for wanting more.
-    pub out_of_memory: bool,
-    /// What its CPU quota has done.
-    pub throttled: Throttled,
-}
-
-impl Handle {
-    /// Where the container is.
-    pub fn phase(&self) -> Phase {
-        *self.phase.borrow()
-    }
-
-    /// Waits for the exit; answers at once for an exited container, also for a deleted one.
-    ///
-    /// # Errors
-    /// `Internal` when the container's actor died without an exit.
-    pub async fn wait(&mut self) -> Result<Exit> {
-        let stopped = self.phase.wait_for(|phase| phase.exit().is_some()).await;
-        let exit = stopped.ok().and_then(|phase| phase.exit());
-        exit.ok_or_else(|| Error::Internal(format!("container {} ended without an exit", self.id)))
-    }
-
-    /// Ends the guest's stdin once its client has closed it as well.
-    pub fn close_stdin(&self) {
-        if let Some(stdin) = &self.stdin {
-            stdin.close();
-        }
-    }
-
-    /// What it uses now.
-    pub fn usage(&self) -> Usage {
-        Usage {
-            cpu: self.cpu.total(),
-            memory: self.budget.used(),
-            memory_peak: self.budget.peak(),
-            memory_limit: self.budget.limit(),
-            out_of_memory: self.budget.exceeded(),
-            throttled: self.cpu.throttled(),
-        }
-    }
-}
 
 /// The actor.
 pub struct Container {
@@ -113,12 +55,15 @@ pub struct Container {
     held: Option<Held>,
     stage: Arc<Stage>,
     events: Events,
+    /// Of a native container.
+    starting: Starting,
+    execs: Execs,
 }
 
 impl Container {
     /// A created container out of what was prepared, and what the world may know of it.
     pub fn new(id: ContainerId, blueprint: Blueprint, prepared: Prepared, stage: Arc<Stage>, events: Events) -> Self {
-        let Prepared { work, stdin, budget, cpu, held } = prepared;
+        let Prepared { work, pid, stdin, budget, cpu, held } = prepared;
         let state = State::new(id.clone());
         let (phase, phase_seen) = watch::channel(state.phase());
         let signals = watch::Sender::new(Signals::default());
@@ -126,13 +71,19 @@ impl Container {
             id,
             bundle: blueprint.bundle,
             stdio: blueprint.stdio,
-            pid: held.pod.tid(),
+            pid,
             phase: phase_seen,
             stdin,
             budget,
             cpu,
+            native: match &work {
+                Work::Native(task) => Some(Native { task: Arc::clone(task), process: Some(Arc::clone(task.init())) }),
+                Work::Command(_) | Work::Server(..) | Work::Sandbox => None,
+            },
         };
-        Self { handle, state, phase, signals, work: Some(work), held: Some(held), stage, events }
+        let (work, held) = (Some(work), Some(held));
+        let (starting, execs) = (Starting::default(), Execs::default());
+        Self { handle, state, phase, signals, work, held, stage, events, starting, execs }
     }
 
     /// What the world may know of it.
@@ -153,13 +104,19 @@ impl Container {
 
 impl Actor for Container {
     type Context = Context<Self>;
+
+    /// A process can end before its program was started.
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        if let Some(native) = &self.handle.native {
+            ctx.spawn(
+                native::ended(native.task.watch()).into_actor(self).map(|outcome, _, ctx| ctx.notify(Ended(outcome))),
+            );
+        }
+    }
 }
 
-impl Handler<Start> for Container {
-    type Result = Result<()>;
-
-    fn handle(&mut self, _: Start, ctx: &mut Context<Self>) -> Result<()> {
-        self.state.start()?;
+impl Container {
+    fn start_guest(&mut self, ctx: &mut Context<Self>) -> Result<()> {
         let work = self.work.take().ok_or_else(|| Error::Internal("a container was started without its work".into()));
         let guest = match work.and_then(|work| work.begin(&self.stage, self.signals.subscribe())) {
             Ok(guest) => guest,
@@ -168,20 +125,45 @@ impl Handler<Start> for Container {
                 return Err(error);
             }
         };
-        self.events.tell(&self.handle.id, EventKind::Started { pid: self.handle.pid });
-        self.phase.send_replace(self.state.phase());
-        tracing::info!(container = %self.handle.id, "started");
+        self.runs();
         // The guest's task has an owner that awaits it: this future, which lives as long as the actor.
         let ended = async move { guest.await.unwrap_or_else(|error| Outcome::HostFailed(panic_text(error))) };
         ctx.spawn(ended.into_actor(self).map(|outcome, _, ctx| ctx.notify(Ended(outcome))));
         Ok(())
+    }
+
+    fn runs(&self) {
+        self.events.tell(&self.handle.id, EventKind::Started { pid: self.handle.pid });
+        self.phase.send_replace(self.state.phase());
+        tracing::info!(container = %self.handle.id, "started");
+    }
+}
+
+impl Handler<Start> for Container {
+    type Result = ResponseActFuture<Self, Result<()>>;
+
+    fn handle(&mut self, _: Start, ctx: &mut Context<Self>) -> Self::Result {
+        if let Err(refused) = self.state.start() {
+            return Box::pin(fut::ready(Err(refused)));
+        }
+        match self.work.take() {
+            Some(Work::Native(task)) => self.start_native(task),
+            work => {
+                self.work = work;
+                Box::pin(fut::ready(self.start_guest(ctx)))
+            }
+        }
     }
 }
 
 impl Handler<Kill> for Container {
     type Result = ();
 
-    fn handle(&mut self, kill: Kill, _: &mut Context<Self>) {
+    fn handle(&mut self, kill: Kill, ctx: &mut Context<Self>) {
+        if let Some(native) = &self.handle.native {
+            let task = Arc::clone(&native.task);
+            return self.kill_native(task, kill, ctx);
+        }
         let result = self.state.kill(kill.signal).map(|killed| match killed {
             Killed::Nothing => {}
             Killed::Unstarted(code) => {
@@ -221,6 +203,7 @@ impl Handler<Ended> for Container {
     type Result = ();
 
     fn handle(&mut self, Ended(outcome): Ended, _: &mut Context<Self>) {
+        let Some(outcome) = self.due(outcome) else { return };
         match &outcome {
             Outcome::OutOfMemory(why) => {
                 tracing::warn!(container = %self.handle.id, why, "out of memory");
@@ -246,8 +229,12 @@ impl Handler<Delete> for Container {
         }
         self.work = None;
         self.stopped(NEVER_RAN);
-        let held = self.held.take();
+        self.execs.forget();
+        let (held, native) = (self.held.take(), self.handle.native.clone());
         let release = async move {
+            if let Some(native) = native {
+                native.task.delete().await;
+            }
             if let Some(held) = held {
                 held.release().await;
             }

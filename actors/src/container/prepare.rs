@@ -5,17 +5,20 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::entrypoint::Entrypoint;
 use super::program::{self, Wasm};
 use super::work::Work;
 use crate::ContainerId;
 use crate::bundle::Bundle;
-use crate::config::{Settings, SocketPolicy};
+use crate::config::{RuncOptions, Settings, SocketPolicy};
 use crate::error::{Error, Result};
+use crate::event::Events;
 use crate::guest::{Budget, CpuTime, Entry, Environment, LoadError, Program, Run, Sockets, Stage};
 use crate::http::{self, HttpSettings};
 use crate::image::Images;
 use crate::mounts::{Mount, RootFs, Volume};
 use crate::names::{NameFiles, Names};
+use crate::native;
 use crate::outgoing::ClientSettings;
 use crate::pod::{Membership, Network, Pods, Role};
 use crate::stdio::{Keeper, Stdio, StdioPaths};
@@ -32,6 +35,8 @@ pub struct Blueprint {
     pub stdio: StdioPaths,
     /// Of the process: how large a file may be, how servers behave.
     pub settings: Arc<Settings>,
+    /// How runc is called, if this container says so itself.
+    pub runc: Option<RuncOptions>,
     /// Asked when the root filesystem does not hold the program.
     pub images: Arc<dyn Images>,
 }
@@ -39,6 +44,8 @@ pub struct Blueprint {
 /// A container that lacks nothing but its start.
 pub struct Prepared {
     pub work: Work,
+    /// What containerd is told: an anchor's thread, or a process.
+    pub pid: u32,
     pub stdin: Option<Keeper>,
     pub budget: Arc<Budget>,
     pub cpu: Arc<CpuTime>,
@@ -48,12 +55,17 @@ pub struct Prepared {
 /// What a container holds on the host until it is deleted. Dropping it blocks shortly.
 #[derive(Debug)]
 pub struct Held {
-    pub pod: Membership,
+    /// None for a native container outside a pod: it has processes.
+    pub pod: Option<Membership>,
     /// None without a root filesystem, or when the program cannot see it.
     pub rootfs: Option<RootFs>,
 }
 
 impl Held {
+    fn pod(&self) -> Result<&Membership> {
+        self.pod.as_ref().ok_or_else(|| Error::Internal("a guest has no pod".into()))
+    }
+
     /// Lets go of the root filesystem alone.
     async fn unmount(&mut self) {
         let rootfs = self.rootfs.take();
@@ -70,6 +82,22 @@ impl Held {
     }
 }
 
+/// What the containers of a process share.
+#[derive(Default)]
+pub struct Shared {
+    pub http: http::Common,
+    pub native: native::Common,
+    pub pods: Arc<Pods>,
+}
+
+/// What a container is.
+enum Found {
+    /// Its image is there for those who need a program to keep a pod.
+    Sandbox(Membership),
+    Wasm(Box<(Bundle, program::Source, Stdio, Held)>),
+    Native(Held),
+}
+
 /// Prepares a container.
 ///
 /// # Errors
@@ -78,23 +106,58 @@ pub async fn prepare(
     id: ContainerId,
     blueprint: Blueprint,
     stage: &Stage,
-    http: &http::Common,
-    pods: &Arc<Pods>,
+    shared: &Shared,
+    events: Events,
 ) -> Result<Prepared> {
-    let settings = Arc::clone(&blueprint.settings);
-    let (name, pods) = (id.clone(), Arc::clone(pods));
-    let (Found { bundle, program, stdio }, mut held) =
-        tokio::task::spawn_blocking(move || on_the_host(&name, &blueprint, &pods))
-            .await
-            .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
+    let (name, plan, pods) = (id.clone(), blueprint.clone(), Arc::clone(&shared.pods));
+    let found = tokio::task::spawn_blocking(move || on_the_host(&name, &plan, &pods))
+        .await
+        .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
+    match found {
+        Found::Sandbox(pod) => {
+            let (pid, held) = (pod.tid(), Held { pod: Some(pod), rootfs: None });
+            Ok(Prepared { work: Work::Sandbox, pid, stdin: None, budget: Budget::new(None), cpu: Arc::default(), held })
+        }
+        Found::Wasm(found) => guest(id, *found, &blueprint.settings, stage, &shared.http).await,
+        Found::Native(held) => {
+            let options = blueprint.runc.unwrap_or_else(|| blueprint.settings.runc.clone());
+            let (bundle, stdio, runtime) = (blueprint.bundle, blueprint.stdio, stage.runtime.clone());
+            let order = native::Order { id, bundle, stdio, options, runtime, events };
+            linux_program(order, held, &shared.native).await
+        }
+    }
+}
+
+async fn linux_program(order: native::Order, held: Held, common: &native::Common) -> Result<Prepared> {
+    match native::Task::create(order, common).await {
+        Ok(task) => {
+            let (pid, stdin) = (task.init().pid(), task.init().stdin_keeper());
+            let (budget, cpu) = (Budget::new(None), Arc::default());
+            Ok(Prepared { work: Work::Native(Arc::new(task)), pid, stdin, budget, cpu, held })
+        }
+        Err(error) => {
+            held.release().await;
+            Err(error)
+        }
+    }
+}
+
+async fn guest(
+    id: ContainerId,
+    found: (Bundle, program::Source, Stdio, Held),
+    settings: &Settings,
+    stage: &Stage,
+    http: &http::Common,
+) -> Result<Prepared> {
+    let (bundle, source, stdio, mut held) = found;
     let (budget, cpu) = (Budget::new(bundle.limits.memory), Arc::new(CpuTime::new(bundle.limits.cpu)));
-    let Some(source) = program else {
-        return Ok(Prepared { work: Work::Sandbox, stdin: None, budget, cpu, held });
-    };
     let stdin = stdio.stdin_keeper();
     let parts = Parts { id, bundle, stdio, budget: Arc::clone(&budget), cpu: Arc::clone(&cpu) };
-    match parts.work(source, &settings, &mut held, stage, http).await {
-        Ok(work) => Ok(Prepared { work, stdin, budget, cpu, held }),
+    match parts.work(source, settings, &mut held, stage, http).await {
+        Ok(work) => {
+            let pid = held.pod()?.tid();
+            Ok(Prepared { work, pid, stdin, budget, cpu, held })
+        }
         Err(error) => {
             held.release().await;
             Err(error)
@@ -134,7 +197,8 @@ impl Parts {
             held.unmount().await;
         }
         let entry = program.entry(source.export.as_deref()).map_err(|e| refused(e.about(&source.name)))?;
-        let (network, names) = (held.pod.network(), Arc::new(self.names(held)));
+        let network = held.pod()?.network();
+        let names = Arc::new(self.names(held, network.clone()));
         let sockets = match self.socket_policy(defaults.sockets)? {
             SocketPolicy::Allow => Sockets::allowed(network.clone(), Arc::clone(&names)),
             SocketPolicy::Deny => Sockets::denied(),
@@ -153,13 +217,13 @@ impl Parts {
         }
     }
 
-    fn names(&self, held: &Held) -> Names {
+    fn names(&self, held: &Held, network: Network) -> Names {
         let files = NameFiles {
             rootfs: held.rootfs.as_ref().map(|rootfs| rootfs.path().to_owned()),
             hosts: self.bundle.hosts.clone(),
             resolv_conf: self.bundle.resolv_conf.clone(),
         };
-        Names::new(files, held.pod.network())
+        Names::new(files, network)
     }
 
     /// Who denies has the last word: a pod may be stricter than its runtime class, never more generous.
@@ -219,41 +283,54 @@ fn environment(bundle: &Bundle, held: &Held, sockets: Sockets, shows: impl Fn(&s
     }
 }
 
-/// What the blocking half found.
-struct Found {
-    bundle: Bundle,
-    /// None of a pod's sandbox: its image is there for those who need a program to keep a pod.
-    program: Option<program::Source>,
-    stdio: Stdio,
-}
-
 /// The blocking half, cheap refusals first.
-fn on_the_host(id: &ContainerId, blueprint: &Blueprint, pods: &Arc<Pods>) -> Result<(Found, Held)> {
+fn on_the_host(id: &ContainerId, blueprint: &Blueprint, pods: &Arc<Pods>) -> Result<Found> {
     let mut bundle = Bundle::load(&blueprint.bundle)?;
-    let stdio = Stdio::open(&blueprint.stdio)?;
     if bundle.role == Role::Sandbox {
-        let pod = pods.enter(id, &bundle)?;
-        return Ok((Found { bundle, program: None, stdio }, Held { pod, rootfs: None }));
+        return pods.enter(id, &bundle).map(Found::Sandbox);
     }
-    let rootfs = root_of(&bundle, &blueprint.rootfs)?;
+    let has_root = !blueprint.rootfs.is_empty() || bundle.has_root();
+    let mount = || RootFs::mount(&bundle.path, &bundle.root, &blueprint.rootfs);
+    let rootfs = has_root.then(mount).transpose()?;
+    let rootfs = match rootfs {
+        Some(rootfs) if is_native(&bundle, &rootfs) => {
+            // Of a pod it keeps the namespaces that its spec names.
+            let is_member = matches!(bundle.role, Role::Member(_));
+            let pod = is_member.then(|| pods.enter(id, &bundle)).transpose()?;
+            return Ok(Found::Native(Held { pod, rootfs: Some(rootfs) }));
+        }
+        rootfs => rootfs,
+    };
+    if bundle.terminal {
+        let why = "process.terminal: a terminal is not supported for wasm; run without -t/--tty";
+        return Err(Error::Unsupported(why.into()));
+    }
+    let rootfs = furnished(&bundle, rootfs)?;
+    let stdio = Stdio::open(&blueprint.stdio)?;
     let root = rootfs.as_ref().map(RootFs::path);
     let source = program::find(id, &bundle, root, &*blueprint.images, blueprint.settings.max_module_size)?;
     if bundle.args.is_empty() {
         // No program expects to be without a name.
         bundle.args.push(source.name.clone());
     }
-    let pod = pods.enter(id, &bundle)?;
-    Ok((Found { bundle, program: Some(source), stdio }, Held { pod, rootfs }))
+    let pod = Some(pods.enter(id, &bundle)?);
+    Ok(Found::Wasm(Box::new((bundle, source, stdio, Held { pod, rootfs }))))
 }
 
 /// The root filesystem with its volumes. Without one, volumes that somebody asked for have a root of their own.
-fn root_of(bundle: &Bundle, mounts: &[Mount]) -> Result<Option<RootFs>> {
+fn furnished(bundle: &Bundle, rootfs: Option<RootFs>) -> Result<Option<RootFs>> {
     let volumes = Volume::all(&bundle.mounts, &bundle.path)?;
-    if !mounts.is_empty() || bundle.has_root() {
-        return RootFs::mount(&bundle.path, &bundle.root, mounts, &volumes, bundle.readonly).map(Some);
-    }
-    if volumes.iter().all(Volume::is_usual) {
-        return Ok(None);
-    }
-    RootFs::mount(&bundle.path, &bundle.root, &[RootFs::nothing()], &volumes, true).map(Some)
+    let (mut rootfs, readonly) = match rootfs {
+        Some(rootfs) => (rootfs, bundle.readonly),
+        None if volumes.iter().all(Volume::is_usual) => return Ok(None),
+        None => (RootFs::mount(&bundle.path, &bundle.root, &[RootFs::nothing()])?, true),
+    };
+    rootfs.furnish(&volumes, readonly)?;
+    Ok(Some(rootfs))
+}
+
+/// A mistake in the entrypoint is told by whoever looks for wasm.
+fn is_native(bundle: &Bundle, rootfs: &RootFs) -> bool {
+    let paths = Entrypoint::of(bundle).map(|entrypoint| entrypoint.paths).unwrap_or_default();
+    native::is_native(bundle, &paths, rootfs.path())
 }

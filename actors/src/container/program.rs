@@ -76,7 +76,7 @@ pub fn find(
     }
 }
 
-const NAME_IT: &str = "; the first argument names the wasm file to run";
+const NAME_IT: &str = "; the first argument names the program to run";
 
 fn missing(entrypoint: &Entrypoint, has_root: bool) -> String {
     let why = match (entrypoint.paths.is_empty(), has_root) {

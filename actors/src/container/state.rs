@@ -2,7 +2,10 @@
 //!
 //! ```text
 //!   created ──start──▶ running ──(guest ends)──▶ stopped
-//!      └────────── kill ────────────────────────────┘
+//!      │               ▲     │                     ▲ ▲
+//!      │        resume │     ▼ pause (native only) │ │
+//!      │               paused ─────────────────────┘ │
+//!      └────────── kill ─────────────────────────────┘
 //! ```
 
 use std::time::SystemTime;
@@ -26,6 +29,8 @@ pub enum Phase {
     Created,
     /// The guest runs.
     Running,
+    /// It stands still.
+    Paused,
     /// The guest is gone.
     Stopped(Exit),
 }
@@ -34,7 +39,7 @@ impl Phase {
     /// The exit, once there is one.
     pub fn exit(self) -> Option<Exit> {
         match self {
-            Self::Created | Self::Running => None,
+            Self::Created | Self::Running | Self::Paused => None,
             Self::Stopped(exit) => Some(exit),
         }
     }
@@ -43,6 +48,7 @@ impl Phase {
         match self {
             Self::Created => "created",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopped(_) => "stopped",
         }
     }
@@ -94,7 +100,7 @@ impl State {
                 self.phase = Phase::Running;
                 Ok(())
             }
-            Phase::Created | Phase::Running | Phase::Stopped(_) => Err(self.wrong("start")),
+            Phase::Created | Phase::Running | Phase::Paused | Phase::Stopped(_) => Err(self.wrong("start")),
         }
     }
 
@@ -112,16 +118,53 @@ impl State {
             (Phase::Stopped(_), _) => Err(Error::AlreadyFinished(self.id.clone())),
             (_, Action::Nothing) => Ok(Killed::Nothing),
             (Phase::Created, Action::Terminate(signal)) => Ok(Killed::Unstarted(128 + u32::from(signal))),
-            (Phase::Running, Action::Terminate(signal)) => Ok(Killed::Interrupt(signal)),
+            (Phase::Running | Phase::Paused, Action::Terminate(signal)) => Ok(Killed::Interrupt(signal)),
         }
     }
 
     /// Whether limits still matter.
     pub fn update(&self) -> Result<()> {
         match self.phase {
-            Phase::Created | Phase::Running => Ok(()),
+            Phase::Created | Phase::Running | Phase::Paused => Ok(()),
             Phase::Stopped(_) => Err(self.wrong("update")),
         }
+    }
+
+    /// Whether a native process can be signalled: what the signal does is its own affair.
+    pub fn signal(&self, signal: u32) -> Result<()> {
+        match self.phase {
+            Phase::Stopped(_) => Err(Error::AlreadyFinished(self.id.clone())),
+            _ if signal > 64 => Err(Error::invalid(format!("signal {signal}: there is none of this number"))),
+            Phase::Created | Phase::Running | Phase::Paused => Ok(()),
+        }
+    }
+
+    /// Whether `verb` (something with processes) can be done now.
+    pub fn expect_running(&self, verb: &'static str) -> Result<()> {
+        if self.phase == Phase::Running && !self.deleting { Ok(()) } else { Err(self.wrong(verb)) }
+    }
+
+    /// Whether it can be resumed.
+    pub fn expect_paused(&self) -> Result<()> {
+        if self.phase == Phase::Paused { Ok(()) } else { Err(self.wrong("resume")) }
+    }
+
+    /// Running → paused; not if it has ended meanwhile.
+    pub fn paused(&mut self) -> bool {
+        let can = self.phase == Phase::Running;
+        if can {
+            self.phase = Phase::Paused;
+        }
+        can
+    }
+
+    /// Paused → running; not if it has ended meanwhile.
+    pub fn resumed(&mut self) -> bool {
+        let can = self.phase == Phase::Paused;
+        if can {
+            self.phase = Phase::Running;
+        }
+        can
     }
 
     /// The guest is gone. Told twice, the first exit stands.
@@ -136,7 +179,7 @@ impl State {
     /// Nothing may run; true means "go and clean up", once.
     pub fn delete(&mut self) -> Result<()> {
         match self.phase {
-            Phase::Running => Err(self.wrong("delete")),
+            Phase::Running | Phase::Paused => Err(self.wrong("delete")),
             Phase::Created | Phase::Stopped(_) if self.deleting => Err(Error::NotFound(self.id.clone())),
             Phase::Created | Phase::Stopped(_) => {
                 self.deleting = true;
@@ -145,7 +188,8 @@ impl State {
         }
     }
 
-    fn wrong(&self, verb: &'static str) -> Error {
+    /// What is wrong with `verb` now.
+    pub fn wrong(&self, verb: &'static str) -> Error {
         let state = if self.deleting { "being deleted" } else { self.phase.name() };
         Error::WrongState { id: self.id.clone(), verb, state }
     }
@@ -204,9 +248,29 @@ mod tests {
         assert!(state.kill(19).is_err() && state.kill(65).is_err() && state.kill(u32::MAX).is_err());
     }
 
+    #[test]
+    fn a_native_container_can_be_paused() {
+        let mut state = state();
+        assert!(matches!(
+            state.expect_running("pause"),
+            Err(Error::WrongState { verb: "pause", state: "created", .. })
+        ));
+        state.start().unwrap();
+        state.expect_running("pause").unwrap();
+        assert!(state.expect_paused().is_err() && !state.resumed());
+        assert!(state.paused() && !state.paused());
+        state.expect_paused().unwrap();
+        assert!(matches!(state.delete(), Err(Error::WrongState { state: "paused", .. })));
+        assert!(state.start().is_err() && state.signal(9).is_ok() && state.signal(65).is_err());
+        assert!(state.resumed());
+        assert!(state.paused() && state.exited(EXIT));
+        assert!(!state.resumed() && !state.paused());
+        assert!(matches!(state.signal(9), Err(Error::AlreadyFinished(_))));
+    }
+
     proptest! {
         #[test]
-        fn no_order_of_verbs_leads_out_of_the_machine(verbs in prop::collection::vec(0..4_u8, 0..20)) {
+        fn no_order_of_verbs_leads_out_of_the_machine(verbs in prop::collection::vec(0..6_u8, 0..20)) {
             let mut state = state();
             let mut exits = 0;
             for verb in verbs {
@@ -215,7 +279,9 @@ mod tests {
                     1 => if let Ok(Killed::Unstarted(code)) = state.kill(9) {
                         exits += u32::from(state.exited(Exit { code, ..EXIT }));
                     },
-                    2 => if state.phase() == Phase::Running { exits += u32::from(state.exited(EXIT)); },
+                    3 => drop(state.paused()),
+                    4 => drop(state.resumed()),
+                    2 => if matches!(state.phase(), Phase::Running | Phase::Paused) { exits += u32::from(state.exited(EXIT)); },
                     _ => drop(state.delete()),
                 }
             }

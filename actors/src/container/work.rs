@@ -1,4 +1,4 @@
-//! What a container does once it is started: a command, a server, or, as a pod's sandbox, nothing.
+//! What a container does once it is started: a command, a server, a Linux program, or, as a pod's sandbox, nothing.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -6,9 +6,10 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guest::{Outcome, Run, Stage};
 use crate::http;
+use crate::native::Task;
 use crate::signals::Signals;
 
 /// Everything a start needs; dropped instead, nothing of it is left.
@@ -18,13 +19,15 @@ pub enum Work {
     Server(Box<http::Plan>, OwnedFd),
     /// The pod's namespaces are there: that is all.
     Sandbox,
+    /// Created already, as runc has it.
+    Native(Arc<Task>),
 }
 
 impl Work {
     /// Begins, on the threads that are for it.
     ///
     /// # Errors
-    /// `Host` when a server cannot listen.
+    /// `Host` when a server cannot listen; `Internal` for a native one, which `native` starts.
     pub fn begin(self, stage: &Arc<Stage>, signals: watch::Receiver<Signals>) -> Result<JoinHandle<Outcome>> {
         let stage = Arc::clone(stage);
         match self {
@@ -34,6 +37,7 @@ impl Work {
             }
             Self::Server(plan, socket) => plan.begin(socket, stage, signals),
             Self::Sandbox => Ok(stage.runtime.spawn(sandbox(signals))),
+            Self::Native(_) => Err(Error::Internal("a Linux program has no guest".into())),
         }
     }
 }

@@ -78,9 +78,12 @@ fn foreign(bytes: &[u8]) -> LoadError {
         [0x1f, 0x8b, ..] => "is compressed (gzip); put the unpacked .wasm file into the image".to_owned(),
         [b'P', b'K', 3, 4, ..] => "is a zip archive; put the unpacked .wasm file into the image".to_owned(),
         [b'M', b'Z', ..] => "is a Windows program; this runtime runs WebAssembly only".to_owned(),
-        _ if is_text(bytes) => "is a text file, not a WebAssembly module or component".to_owned(),
+        _ if is_text(bytes) => "is a text file: neither WebAssembly (a module, a component, their text), nor a Linux program (ELF), nor a script \
+              that begins with #!"
+                .to_owned(),
         _ => format!(
-            "is not WebAssembly: it starts with {}, a module or component with 00 61 73 6d",
+            "is neither WebAssembly nor a Linux program: it starts with {}, a module or component with 00 61 73 6d, a program \
+             with 7f 45 4c 46, a script with #!",
             bytes.iter().take(4).map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ")
         ),
     };

@@ -67,8 +67,16 @@ impl Stdio {
     /// `Unsupported` for a scheme or a terminal, `Host` for a path that cannot be opened.
     pub fn open(paths: &StdioPaths) -> Result<Self> {
         if paths.terminal {
-            return Err(Error::Unsupported("a terminal is not supported yet; run without -t/--tty".into()));
+            return Err(Error::Unsupported("a terminal is not supported for wasm; run without -t/--tty".into()));
         }
+        Self::open_any(paths)
+    }
+
+    /// The same where a terminal may be behind the streams.
+    ///
+    /// # Errors
+    /// `Unsupported` for a scheme, `Host` for a path that cannot be opened.
+    pub fn open_any(paths: &StdioPaths) -> Result<Self> {
         Ok(Self {
             stdin: if paths.stdin.is_empty() { None } else { Some(input::Ends::open(Path::new(&paths.stdin))?) },
             stdout: Sink::open(&paths.stdout)?,
@@ -111,7 +119,8 @@ impl Streams {
     }
 }
 
-async fn finish(output: Arc<Output>) {
+/// The same for one stream.
+pub(crate) async fn finish(output: Arc<Output>) {
     output.drain().await;
     // Nobody else has it any more: the guest's store is gone.
     if let Some(fifo) = Arc::into_inner(output).and_then(Output::into_fifo) {

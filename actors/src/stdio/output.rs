@@ -84,6 +84,13 @@ impl Output {
         self.drain_later();
     }
 
+    /// Writes all of it, waiting for the reader; lost when the stream is broken.
+    pub(crate) async fn put(&self, bytes: &[u8]) {
+        if self.write(bytes).is_ok() {
+            self.drain().await;
+        }
+    }
+
     /// Both ends of its FIFO, if it is one.
     pub(super) fn into_fifo(self) -> Option<OwnedFd> {
         match self.target {

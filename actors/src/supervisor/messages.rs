@@ -31,6 +31,8 @@ pub struct Kill {
     pub id: ContainerId,
     /// Number of the signal, as in signal(7).
     pub signal: u32,
+    /// Not its first process only.
+    pub all: bool,
     pub reply: oneshot::Sender<Result<()>>,
 }
 
@@ -47,6 +49,16 @@ pub struct Update {
 #[derive(Message)]
 #[rtype(result = "Result<Exit>")]
 pub struct Delete(pub ContainerId);
+
+/// A verb for one container that concerns nobody else: it is passed on.
+pub struct Pass<M> {
+    pub id: ContainerId,
+    pub message: M,
+}
+
+impl<M: Message> Message for Pass<M> {
+    type Result = M::Result;
+}
 
 /// What the world may know of a container.
 #[derive(Message)]

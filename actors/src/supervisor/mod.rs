@@ -11,19 +11,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::{
-    Actor, ActorFutureExt, Addr, Context, Handler, MessageResult, ResponseActFuture, ResponseFuture, WrapFuture, fut,
+    Actor, ActorFutureExt, Addr, Context, Handler, Message, MessageResult, ResponseActFuture, ResponseFuture,
+    WrapFuture, fut,
 };
 use tokio::sync::{oneshot, watch};
 
-pub use messages::{Create, Delete, Drain, Drained, Find, Kill, List, Start, Update};
+pub use messages::{Create, Delete, Drain, Drained, Find, Kill, List, Pass, Start, Update};
 
 use crate::ContainerId;
-use crate::container::{self, Container, Handle, prepare};
+use crate::container::{self, Container, Handle, Shared, prepare};
 use crate::error::{Error, Result};
 use crate::event::{EventKind, Events};
 use crate::guest::Stage;
-use crate::http;
-use crate::pod::Pods;
 
 /// containerd sends a burst of verbs for every container of a node; the default of 16 would make the edge wait.
 const MAILBOX: usize = 1024;
@@ -36,8 +35,7 @@ pub struct Supervisor {
     /// How many slots are taken, for whoever decides when the daemon may leave.
     count: watch::Sender<usize>,
     stage: Arc<Stage>,
-    http: Arc<http::Common>,
-    pods: Arc<Pods>,
+    shared: Arc<Shared>,
     events: Events,
     draining: bool,
 }
@@ -58,18 +56,7 @@ impl Supervisor {
     /// A supervisor of nothing yet. The receiver counts its containers.
     pub fn new(stage: Arc<Stage>, events: Events) -> (Self, watch::Receiver<usize>) {
         let (count, seen) = watch::channel(0);
-        (
-            Self {
-                table: HashMap::new(),
-                count,
-                stage,
-                http: Arc::default(),
-                pods: Arc::default(),
-                events,
-                draining: false,
-            },
-            seen,
-        )
+        (Self { table: HashMap::new(), count, stage, shared: Arc::default(), events, draining: false }, seen)
     }
 
     fn live(&self, id: &ContainerId, verb: &'static str) -> Result<&Live> {
@@ -119,9 +106,10 @@ impl Handler<Create> for Supervisor {
         if let Err(refused) = self.reserve(&id) {
             return Box::pin(fut::ready(Err(refused)));
         }
-        let (stage, http, pods) = (Arc::clone(&self.stage), Arc::clone(&self.http), Arc::clone(&self.pods));
-        let (plan, name, began) = (blueprint.clone(), id.clone(), Instant::now());
-        let prepared = async move { prepare(name, plan, &stage, &http, &pods).await };
+        let (stage, shared, began) = (Arc::clone(&self.stage), Arc::clone(&self.shared), Instant::now());
+        let events = self.events.clone();
+        let (plan, name) = (blueprint.clone(), id.clone());
+        let prepared = async move { prepare(name, plan, &stage, &shared, events).await };
         Box::pin(prepared.into_actor(self).map(move |prepared, act, _| {
             let prepared = prepared.inspect_err(|error| {
                 tracing::warn!(container = %id, %error, "not created");
@@ -158,11 +146,11 @@ impl Handler<Start> for Supervisor {
 impl Handler<Kill> for Supervisor {
     type Result = ();
 
-    fn handle(&mut self, Kill { id, signal, reply }: Kill, _: &mut Context<Self>) {
+    fn handle(&mut self, Kill { id, signal, all, reply }: Kill, _: &mut Context<Self>) {
         match self.live(&id, "kill") {
             Ok(live) => {
                 tracing::info!(container = %id, signal, "signalled");
-                live.addr.do_send(container::Kill { signal, reply });
+                live.addr.do_send(container::Kill { signal, all, reply });
             }
             Err(error) => drop(reply.send(Err(error))),
         }
@@ -198,6 +186,25 @@ impl Handler<Delete> for Supervisor {
             tracing::info!(container = %id, "deleted");
             Ok(exit)
         }))
+    }
+}
+
+impl<M, T> Handler<Pass<M>> for Supervisor
+where
+    M: Message<Result = Result<T>> + Send + 'static,
+    T: Send + 'static,
+    Container: Handler<M>,
+{
+    type Result = ResponseFuture<Result<T>>;
+
+    fn handle(&mut self, Pass { id, message }: Pass<M>, _: &mut Context<Self>) -> Self::Result {
+        match self.live(&id, "act on") {
+            Ok(live) => {
+                let answer = live.addr.send(message);
+                Box::pin(async move { answer.await? })
+            }
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        }
     }
 }
 
@@ -270,6 +277,6 @@ async fn end(live: Live, signal: u32, timeout: Duration) -> bool {
 /// An answer that says "already finished" is as good as any.
 async fn signal_container(addr: &Addr<Container>, signal: u32) {
     let (reply, answer) = oneshot::channel();
-    addr.do_send(container::Kill { signal, reply });
+    addr.do_send(container::Kill { signal, all: false, reply });
     drop(answer.await);
 }
