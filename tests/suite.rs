@@ -40,6 +40,7 @@ mod suite {
     pub mod load;
     pub mod native;
     pub mod native_api;
+    pub mod native_life;
     pub mod neighbours;
     pub mod packing;
     pub mod pods;
@@ -81,6 +82,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("neighbours", suite::neighbours::CASES),
     ("daemon", suite::daemon::CASES),
     ("native", suite::native::CASES),
+    ("native_life", suite::native_life::CASES),
     ("recovery", suite::recovery::CASES),
     ("greedy", suite::greedy::CASES),
     ("shutdown", suite::shutdown::CASES),

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 
 use super::base;
 use super::ctr::{Client, Run};
+use super::job::Job;
 
 /// The applets that the cases use.
 const APPLETS: [&str; 24] = [
@@ -53,4 +54,11 @@ pub fn run<'a>(client: &Client<'a>, words: &[&str]) -> Result<Run<'a>> {
 /// The same for a line of shell.
 pub fn shell<'a>(client: &Client<'a>, line: &str) -> Result<Run<'a>> {
     run(client, &["sh", "-c", line])
+}
+
+/// `ctr task exec`, its id first.
+pub fn exec_in(client: &Client<'_>, container: &str, id: &str, words: &[&str]) -> Result<Job> {
+    let mut command = client.command(&["task", "exec", "--exec-id", id, container]);
+    command.args(words);
+    Job::spawn(command)
 }
