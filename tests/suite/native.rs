@@ -206,7 +206,9 @@ fn exec_streams(containerd: &Containerd) -> Outcome {
     trapped.stdout.wait_text("on", SOON)?;
     client.ctr(&["task", "kill", "--signal", "SIGTERM", "--exec-id", "trap", &container.id])?;
     ensure!(trapped.wait(SOON)?.code == Some(8));
-    container.kill_and_wait("SIGKILL")?;
+    // The first exit that is seen is an exec's.
+    container.kill("SIGKILL")?;
+    container.wait_status("STOPPED")?;
     container.delete()?;
     client.expect_empty()
 }
@@ -219,7 +221,9 @@ fn left_behind(containerd: &Containerd) -> Outcome {
     ensure!(done.code == Some(0) && done.text() == "started\n", "{done:?}");
     ensure!(begin.elapsed() < Duration::from_secs(20), "it took {:?}", begin.elapsed());
     ensure!(container.ps()?.lines().count() >= 3, "the process left behind is gone: {}", container.ps()?);
-    container.kill_and_wait("SIGKILL")?;
+    // The first exit that is seen is an exec's.
+    container.kill("SIGKILL")?;
+    container.wait_status("STOPPED")?;
     container.delete()?;
     client.expect_empty()
 }

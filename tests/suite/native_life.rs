@@ -174,7 +174,7 @@ fn restart(containerd: &Containerd) -> Outcome {
     ensure!(container.pid()? == pid && proc::is_running(pid));
     let done = exec_in(&client, &container.id, "after", &["sh", "-c", "exit 6"])?.finish(SOON)?;
     ensure!(done.code == Some(6), "{done:?}");
-    let (exit, _) = container.kill_and_wait("SIGTERM").map(|(exit, took)| (exit, took))?;
+    let (exit, _) = container.kill_and_wait("SIGTERM")?;
     // The first exit that is seen may be the exec's.
     ensure!(matches!(exit.exit_code(), 5 | 6), "{exit:?}");
     container.wait_status("STOPPED")?;

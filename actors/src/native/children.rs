@@ -143,16 +143,11 @@ impl Child {
         if signal == 0 {
             return Ok(());
         }
-        let named = i32::try_from(signal).ok().and_then(Signal::from_named_raw);
-        match (named, to_pid(signal)) {
-            (Some(signal), _) => pidfd_send_signal(&self.pidfd, signal),
-            // SAFETY: a real-time signal (35 to 64) is sent, not handled; the C library keeps 32 to 34 for itself inside
-            // a process, and a signal from outside is the receiver's affair.
-            (None, Some(raw)) if signal <= 64 => {
-                pidfd_send_signal(&self.pidfd, unsafe { Signal::from_raw_nonzero_unchecked(raw.as_raw_nonzero()) })
-            }
-            (None, _) => Err(rustix::io::Errno::INVAL),
-        }
+        let number = to_pid(signal).filter(|_| signal <= 64).ok_or(rustix::io::Errno::INVAL)?.as_raw_nonzero();
+        // SAFETY: the signal is sent, not handled; those that the C library keeps for itself (32 to 34) mean something
+        // inside a process only, and what the receiver does with one from outside is its own affair.
+        let signal = unsafe { Signal::from_raw_nonzero_unchecked(number) };
+        pidfd_send_signal(&self.pidfd, signal)
     }
 
     /// Waits for its end and reaps it. Needs a runtime; to be called once.
