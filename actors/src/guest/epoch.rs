@@ -108,7 +108,8 @@ pub struct Driven<T> {
 pub enum Clock {
     /// By the thread's CPU time: right for polls of any length, at the price of two system calls each.
     Cpu,
-    /// By the clock on the wall: for polls that end within a turn, which are hardly ever preempted.
+    /// By the clock on the wall: for polls that end within a turn, which are preempted on busy machines only (then the CPU's
+    /// is taken for a while).
     Wall,
 }
 
@@ -149,12 +150,10 @@ impl<T> Future for Driven<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         let this = &mut *self;
-        let mut clock = this.clock;
         if this.cpu.is_limited() {
             ready!(this.turn.poll(&this.cpu, cx));
-            // On a busy machine, others' time would be charged to it.
-            clock = Clock::Cpu;
         }
+        let clock = if this.cpu.wants_exactness() { Clock::Cpu } else { this.clock };
         let _left = this.running.enter();
         match clock {
             Clock::Cpu => {
@@ -166,7 +165,7 @@ impl<T> Future for Driven<T> {
             Clock::Wall => {
                 let before = Instant::now();
                 let poll = this.future.as_mut().poll(cx);
-                this.cpu.add(before.elapsed());
+                this.cpu.add_wall(before.elapsed());
                 poll
             }
         }

@@ -8,13 +8,13 @@
 //! not used is lost. A guest runs for a tick or two at a time and is charged when it has: what it took too much of is owed
 //! by the next window. So the sum over a second is right, whatever the period.
 //!
-//! Invariants. A container without a quota pays one load of an atomic for each poll. Nobody waits inside of a store, so
+//! Invariants. A container without a quota pays two loads of atomics for each poll. Nobody waits inside of a store, so
 //! deadlines and signals, which lie around it, are as quick as ever.
 //!
 //! Called by `epoch.rs`, which polls the guests, and by the container, whose limits may change.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
@@ -39,8 +39,15 @@ pub struct Throttled {
 pub struct CpuTime {
     total: AtomicU64,
     is_limited: AtomicBool,
+    /// Polls to be timed exactly, as the machine was busy a moment ago.
+    exact: AtomicU32,
     bucket: Mutex<Bucket>,
 }
+
+/// No turn is longer: it was interrupted by others.
+const LONGEST: Duration = Duration::from_millis(2);
+/// For so many polls after such a one, the wall's clock is not to be believed.
+const WARY: u32 = 1000;
 
 impl CpuTime {
     /// None used, and so much to use.
@@ -76,9 +83,26 @@ impl CpuTime {
         waiting.into_iter().for_each(Waker::wake);
     }
 
-    /// Whether there is a quota, and polls have to be timed for it.
+    /// Whether there is a quota.
     pub(super) fn is_limited(&self) -> bool {
         self.is_limited.load(Ordering::Acquire)
+    }
+
+    /// Whether the next poll has to be timed by the CPU's clock: for a quota, or because others' time would be counted.
+    pub(super) fn wants_exactness(&self) -> bool {
+        let exact = self.exact.load(Ordering::Relaxed);
+        if exact > 0 {
+            self.exact.store(exact - 1, Ordering::Relaxed);
+        }
+        exact > 0 || self.is_limited()
+    }
+
+    /// A guest has run for so long, or others on its core.
+    pub(super) fn add_wall(&self, time: Duration) {
+        if time > LONGEST {
+            self.exact.store(WARY, Ordering::Relaxed);
+        }
+        self.add(time.min(LONGEST));
     }
 
     /// A guest has run for so long.
@@ -297,6 +321,16 @@ mod tests {
         cpu.limit(None);
         assert!(!cpu.is_limited() && cpu.bucket().wait(Instant::now(), Waker::noop()).is_none());
         assert_eq!((cpu.total(), cpu.throttled().throttled), (MS * 1000, 1));
+    }
+
+    #[test]
+    fn a_busy_machine_is_noticed() {
+        let cpu = CpuTime::default();
+        cpu.add_wall(MS);
+        assert!(!cpu.wants_exactness());
+        cpu.add_wall(MS * 50);
+        assert_eq!(cpu.total(), MS * 3);
+        assert!((0..WARY).all(|_| cpu.wants_exactness()) && !cpu.wants_exactness());
     }
 
     #[tokio::test]
