@@ -36,6 +36,7 @@ mod suite {
     pub mod images_choice;
     pub mod images_hostile;
     pub mod limits;
+    pub mod limits_cri;
     pub mod limits_http;
     pub mod load;
     pub mod native;
@@ -77,6 +78,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("cache_shared", suite::cache_shared::CASES),
     ("load", suite::load::CASES),
     ("limits", suite::limits::CASES),
+    ("limits_cri", suite::limits_cri::CASES),
     ("limits_http", suite::limits_http::CASES),
     ("restart", suite::restart::CASES),
     ("neighbours", suite::neighbours::CASES),
