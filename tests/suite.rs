@@ -54,6 +54,7 @@ mod suite {
     pub mod restart;
     pub mod shutdown;
     pub mod stdio;
+    pub mod users;
     pub mod volumes;
     pub mod volumes_hostile;
 }
@@ -104,6 +105,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("images_hostile", suite::images_hostile::CASES),
     ("packing", suite::packing::CASES),
     ("readme", suite::readme::CASES),
+    ("users", suite::users::CASES),
     ("volumes", suite::volumes::CASES),
     ("volumes_hostile", suite::volumes_hostile::CASES),
 ];
@@ -121,6 +123,8 @@ const ON_NEWEST: &[(&str, Cases)] = &[
     ("http_limits", suite::http_limits::NEWEST),
     ("http_hostile", suite::http_hostile::NEWEST),
 ];
+/// Not on the oldest, whose `ctr` cannot ask for it.
+const SINCE_1_7: &[(&str, Cases)] = &[("users", suite::users::BY_FLAG)];
 const BARE: &[(&str, BareCases)] = &[
     ("api", suite::api::CASES),
     ("images_absent", suite::images_absent::BARE),
@@ -176,6 +180,9 @@ fn trials(shared: &[Arc<Shared>; 3], nodes: &[Arc<Shared>; 3], can_swap: bool) -
     }
     for node in nodes {
         trials.extend(IN_PODS.iter().flat_map(|(file, cases)| over(node, file, cases)));
+    }
+    for shared in &shared[1..] {
+        trials.extend(SINCE_1_7.iter().flat_map(|(file, cases)| over(shared, file, cases)));
     }
     if let Some(newest) = shared.last() {
         trials.extend(ON_NEWEST.iter().flat_map(|(file, cases)| over(newest, file, cases)));

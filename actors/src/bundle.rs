@@ -11,6 +11,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Root, Spec};
 use crate::error::{Error, Result};
 use crate::pod::Role;
 use crate::resources::Limits;
+use crate::users::User;
 
 /// A config.json larger than this is refused; 10,000 arguments of 100 bytes fit four times.
 const MAX_CONFIG: u64 = 4 << 20;
@@ -50,6 +51,8 @@ pub struct Bundle {
     pub mounts: Vec<Mount>,
     /// The spec asks for a terminal.
     pub terminal: bool,
+    /// Whose rights decide about files.
+    pub user: User,
 }
 
 /// What the spec says of one namespace.
@@ -125,6 +128,7 @@ impl Bundle {
             resolv_conf: source_of(spec, "/etc/resolv.conf"),
             mounts: spec.mounts().clone().unwrap_or_default(),
             terminal: process.terminal() == Some(true),
+            user: user(process),
         })
     }
 }
@@ -133,6 +137,11 @@ impl Bundle {
 fn source_of(spec: &Spec, destination: &str) -> Option<PathBuf> {
     let mut mounts = spec.mounts().iter().flatten().rev();
     mounts.find(|mount| mount.destination() == Path::new(destination))?.source().clone()
+}
+
+fn user(process: &Process) -> User {
+    let user = process.user();
+    User::new(user.uid(), user.gid(), user.additional_gids().as_deref().unwrap_or_default(), user.umask())
 }
 
 fn environment(process: &Process) -> Result<Vec<(String, String)>> {
@@ -189,6 +198,7 @@ impl Bundle {
             resolv_conf: None,
             mounts: Vec::new(),
             terminal: false,
+            user: User::new(0, 0, &[], None),
         }
     }
 }

@@ -15,7 +15,7 @@
 //!
 //! Reading order: `supervisor` (the verbs), `container` (one life), `http` (servers), `native` (Linux programs), `guest`
 //! (wasm), `outgoing` (requests of guests), `names` (of hosts), `pod` (namespaces and sockets); the leaves `bundle`,
-//! `resources`, `image`, `mounts`, `stdio`, `signals`, `event`, `error`, `config`, `units` as they come up. A module names
+//! `resources`, `image`, `mounts`, `stdio`, `users`, `signals`, `event`, `error`, `config`, `units` as they come up. A module names
 //! only what stands after it in that list.
 
 mod bundle;
@@ -39,6 +39,7 @@ mod signals;
 mod stdio;
 mod supervisor;
 mod units;
+mod users;
 
 pub use config::{RuncOptions, Settings, SocketPolicy};
 pub use container::{

@@ -335,6 +335,17 @@ impl PodContainer<'_> {
         answer.stats.context("no statistics")
     }
 
+    /// UpdateContainerResources.
+    pub fn update(&self, resources: cri::LinuxContainerResources) -> Result<()> {
+        let request = cri::UpdateContainerResourcesRequest {
+            container_id: self.id.clone(),
+            linux: Some(resources),
+            ..Default::default()
+        };
+        let mut service = self.kubelet.runtime_service();
+        self.kubelet.call("UpdateContainerResources", service.update_container_resources(request)).map(drop)
+    }
+
     /// What it wrote so far: the texts of CRI's log file, without times and streams.
     pub fn log(&self) -> Result<String> {
         let text = match fs::read_to_string(&self.log) {

@@ -22,6 +22,7 @@ use crate::native;
 use crate::outgoing::ClientSettings;
 use crate::pod::{Membership, Network, Pods, Role};
 use crate::stdio::{Keeper, Stdio, StdioPaths};
+use crate::users::Identity;
 
 /// The annotation of a container that is to have no sockets.
 const SOCKETS: &str = "troupe.dev/sockets";
@@ -59,6 +60,8 @@ pub struct Held {
     pub pod: Option<Membership>,
     /// None without a root filesystem, or when the program cannot see it.
     pub rootfs: Option<RootFs>,
+    /// None for root.
+    pub user: Option<Arc<Identity>>,
 }
 
 impl Held {
@@ -115,7 +118,7 @@ pub async fn prepare(
         .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
     match found {
         Found::Sandbox(pod) => {
-            let (pid, held) = (pod.tid(), Held { pod: Some(pod), rootfs: None });
+            let (pid, held) = (pod.tid(), Held { pod: Some(pod), rootfs: None, user: None });
             Ok(Prepared { work: Work::Sandbox, pid, stdin: None, budget: Budget::new(None), cpu: Arc::default(), held })
         }
         Found::Wasm(found) => guest(id, *found, &blueprint.settings, stage, &shared.http).await,
@@ -280,6 +283,7 @@ fn environment(bundle: &Bundle, held: &Held, sockets: Sockets, shows: impl Fn(&s
         root: held.rootfs.as_ref().map(|rootfs| rootfs.path().to_owned()),
         readonly: held.rootfs.as_ref().is_some_and(|rootfs| !rootfs.is_writable()),
         sockets,
+        user: held.user.clone(),
     }
 }
 
@@ -297,7 +301,7 @@ fn on_the_host(id: &ContainerId, blueprint: &Blueprint, pods: &Arc<Pods>) -> Res
             // Of a pod it keeps the namespaces that its spec names.
             let is_member = matches!(bundle.role, Role::Member(_));
             let pod = is_member.then(|| pods.enter(id, &bundle)).transpose()?;
-            return Ok(Found::Native(Held { pod, rootfs: Some(rootfs) }));
+            return Ok(Found::Native(Held { pod, rootfs: Some(rootfs), user: None }));
         }
         rootfs => rootfs,
     };
@@ -314,7 +318,8 @@ fn on_the_host(id: &ContainerId, blueprint: &Blueprint, pods: &Arc<Pods>) -> Res
         bundle.args.push(source.name.clone());
     }
     let pod = Some(pods.enter(id, &bundle)?);
-    Ok(Found::Wasm(Box::new((bundle, source, stdio, Held { pod, rootfs }))))
+    let user = Identity::of(&bundle.user)?;
+    Ok(Found::Wasm(Box::new((bundle, source, stdio, Held { pod, rootfs, user }))))
 }
 
 /// The root filesystem with its volumes. Without one, volumes that somebody asked for have a root of their own.

@@ -16,6 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::engine::Engines;
 use super::quota::{CpuTime, Turn};
 use crate::error::{Error, Result};
+use crate::users::Identity;
 
 /// Longest time a guest runs before it lets others run, and hears of its own end.
 pub const TICK: Duration = Duration::from_millis(1);
@@ -63,6 +64,7 @@ impl Ticker {
             turn: Turn::default(),
             clock: Clock::Cpu,
             future: Box::pin(future),
+            user: None,
         }
     }
 }
@@ -101,6 +103,8 @@ pub struct Driven<T> {
     turn: Turn,
     clock: Clock,
     future: Pin<Box<dyn Future<Output = T> + Send>>,
+    /// Whose files it sees, if they are not the process's own. After the future: what that began may need it to end.
+    user: Option<Arc<Identity>>,
 }
 
 /// How a poll is timed.
@@ -139,6 +143,12 @@ impl Drop for Left<'_> {
 }
 
 impl<T> Driven<T> {
+    /// Has its file operations done as this user.
+    pub fn with_files_of(mut self, user: Option<Arc<Identity>>) -> Self {
+        self.user = user;
+        self
+    }
+
     /// Times the polls from here on with `clock`; at first with that of the CPU.
     pub fn time_by(&mut self, clock: Clock) {
         self.clock = clock;
@@ -155,6 +165,7 @@ impl<T> Future for Driven<T> {
         }
         let clock = if this.cpu.wants_exactness() { Clock::Cpu } else { this.clock };
         let _left = this.running.enter();
+        let _user = this.user.as_deref().and_then(Identity::enter);
         match clock {
             Clock::Cpu => {
                 let before = thread_cpu_time();

@@ -18,6 +18,7 @@ use http_body_util::BodyExt;
 use wasmtime_wasi_http::{Error, RequestOptions, Result, WasiBody, WasiHttpHooks};
 
 use crate::outgoing::{BoxError, Client, Exchange, Failure, SendError, Timeouts};
+use crate::users::at_home;
 
 /// Writes of an answer's body that wait for the client before its guest has to, and the largest of each in bytes: 1 MiB in
 /// all, as wasmtime-wasi-http has it, but a guest that writes a little at a time gets as far as one that writes at once.
@@ -110,7 +111,7 @@ impl WasiHttpHooks for Hooks {
         let Some(client) = &self.client else { return Box::new(async { Err(Error::HttpRequestDenied) }) };
         let guest = Arc::downgrade(self.life.get_or_insert_default());
         let request = request.map(|body| Written { body, guest }.map_err(BoxError::from).boxed_unsync());
-        let sending = client.send(request, timeouts(options));
+        let sending = at_home(client.send(request, timeouts(options)));
         Box::new(async move {
             let Exchange { response, upload } = sending.await.map_err(unsent)?;
             let response = response.map(|body| body.map_err(error).boxed_unsync());

@@ -35,8 +35,10 @@ impl Run {
             Ok(streams) => streams,
             Err(error) => return Outcome::HostFailed(format!("attach the standard streams: {error}")),
         };
+        let user = environment.user.clone();
         let (theirs, environment) = (streams.clone(), Arc::new(environment));
         let call = ticker.drive(cpu, async move { call(&program, &entry, environment, &theirs, &budget).await });
+        let call = call.with_files_of(user);
         let outcome = tokio::select! {
             biased;
             number = killed(signals.clone()) => Outcome::Killed(number),

@@ -104,7 +104,8 @@ impl Serving {
         exchange: Arc<Exchange>,
         guest: impl Future<Output = ()> + Send + 'static,
     ) -> Flight {
-        let mut guest = ticker.drive(Arc::clone(&self.host.cpu), guest);
+        let guest = ticker.drive(Arc::clone(&self.host.cpu), guest);
+        let mut guest = guest.with_files_of(self.host.environment.user.clone());
         guest.time_by(Clock::Wall);
         Flight { exchange, guest }
     }

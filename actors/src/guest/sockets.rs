@@ -25,6 +25,7 @@ use wasmtime_wasi::{WasiCtxBuilder, WasiView};
 use super::engine::Kind;
 use crate::names::{LookupError, Names};
 use crate::pod::Network;
+use crate::users::{at_home, home};
 
 /// What a container's guests may do with the network.
 #[derive(Debug, Clone)]
@@ -164,7 +165,7 @@ fn link_p3<T: HasSockets>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
             let found = match names {
                 None => Err(P3LookupError::AccessDenied),
                 Some(names) => match domain(&name) {
-                    Some(domain) => names.lookup(&domain).await.map_err(|error| refused_p3(&error)),
+                    Some(domain) => at_home(names.lookup(&domain)).await.map_err(|error| refused_p3(&error)),
                     None => Err(P3LookupError::InvalidArgument),
                 },
             };
@@ -255,7 +256,9 @@ fn resolve_addresses<T: HasSockets>(
     table.get(&network)?;
     let Some(names) = names else { return Ok((Err(ErrorCode::AccessDenied),)) };
     let Some(domain) = domain(&name) else { return Ok((Err(ErrorCode::InvalidArgument),)) };
-    let task = tokio::spawn(async move { names.lookup(&domain).await });
+    // Not as the guest's user, who need not have the right to read the pod's files on the host.
+    let Some(home) = home() else { return Ok((Err(ErrorCode::Unknown),)) };
+    let task = home.spawn(async move { names.lookup(&domain).await });
     Ok((Ok(table.push(Addresses(State::Asked(task)))?),))
 }
 

@@ -12,6 +12,7 @@ use super::limits::{Budget, Meter};
 use super::sockets::{HasSockets, Sockets};
 use crate::error::{Error, Result};
 use crate::stdio::{Reader, Streams, Writer};
+use crate::users::Identity;
 
 /// Most WASI resources (open files, streams, pollables) a guest may hold: descriptors are the whole process's, and one
 /// guest must not take them all.
@@ -32,10 +33,12 @@ pub struct Environment {
     pub cwd: String,
     /// The root filesystem, seen as `/`.
     pub root: Option<PathBuf>,
-    /// Whether `/` may only be read.
+    /// Whether nothing below `/` may be written.
     pub readonly: bool,
     /// What it may do with the network.
     pub sockets: Sockets,
+    /// Whose rights decide about files; nobody's but the process's own if none.
+    pub user: Option<Arc<Identity>>,
 }
 
 impl Environment {

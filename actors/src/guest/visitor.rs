@@ -174,7 +174,7 @@ pub(super) fn is_spinning() -> bool {
 }
 
 fn context(host: &Host, request: Option<u64>, with_files: bool) -> WasiCtx {
-    let Environment { args, env, cwd, root, readonly, sockets } = &host.environment;
+    let Environment { args, env, cwd, root, readonly, sockets, user: _ } = &host.environment;
     let mut builder = WasiCtxBuilder::new();
     builder.args(args).envs(env).initial_cwd(cwd).max_random_size(MAX_RANDOM);
     if let Some(request) = request {

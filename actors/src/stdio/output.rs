@@ -164,7 +164,7 @@ impl Output {
     /// Sees to it that what is pending gets written though its author is gone.
     pub(super) fn drain_later(self: &Arc<Self>) {
         if self.is_pending()
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+            && let Some(runtime) = crate::users::home()
         {
             let output = Arc::clone(self);
             drop(runtime.spawn(async move { output.drain().await }));

@@ -6,9 +6,11 @@
 //!     /spin?ms            the same with the CPU           /after?ms           answers, works on, says so on stdout
 //!     /trap               /trap-after-head                /error              the answer is an error code
 //!     /unfinished         the body ends with an error     /static-counter     how often this instance was asked
+//!     /file?path=PATH     a file, relative to its root    /make?path=PATH     makes a folder
 //!
 //! Several requests may run in one instance at the same time; nothing here is shared between them but the counter.
 mod answer;
+mod files;
 mod routes;
 
 use realloc as _;
@@ -36,6 +38,8 @@ impl wasip3::exports::http::handler::Guest for Web {
             "/error" => Err(ErrorCode::InternalError(Some("an error on demand".to_owned()))),
             "/unfinished" => Ok(routes::unfinished()),
             "/static-counter" => Ok(routes::static_counter()),
+            "/file" => Ok(files::read(query).await),
+            "/make" => Ok(files::make(query).await),
             _ => Ok(answer::text(404, "not found\n")),
         }
     }
