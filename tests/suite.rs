@@ -47,6 +47,7 @@ mod suite {
     pub mod pods;
     pub mod pods_cgroup;
     pub mod pods_images;
+    pub mod pods_life;
     pub mod pods_load;
     pub mod pods_net;
     pub mod readme;
@@ -79,7 +80,6 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("cache_shared", suite::cache_shared::CASES),
     ("load", suite::load::CASES),
     ("limits", suite::limits::CASES),
-    ("limits_cri", suite::limits_cri::CASES),
     ("limits_http", suite::limits_http::CASES),
     ("restart", suite::restart::CASES),
     ("neighbours", suite::neighbours::CASES),
@@ -111,9 +111,11 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
 ];
 /// Over a containerd that makes pods.
 const IN_PODS: &[(&str, Cases)] = &[
+    ("limits_cri", suite::limits_cri::CASES),
     ("pods", suite::pods::CASES),
     ("pods_cgroup", suite::pods_cgroup::CASES),
     ("pods_images", suite::pods_images::CASES),
+    ("pods_life", suite::pods_life::CASES),
     ("pods_load", suite::pods_load::CASES),
     ("pods_net", suite::pods_net::CASES),
 ];

@@ -245,7 +245,7 @@ fn statistics(containerd: &Containerd) -> Outcome {
         Ok(cpu.usage_core_nano_seconds.context("no CPU time")?.value / 1_000_000)
     };
     let before = burnt(&web)?;
-    get(&kubelet, addr(&pod, 8080)?, "/spin?ms=400")?.expect(200, "")?;
+    get(&kubelet, addr(&pod, 8080)?, "/spin?ms=400")?.expect(200, "spun\n")?;
     // What it says is read once in a while on some versions.
     let spent = wait::until("the CPU time to be told", SOON, || {
         let spent = burnt(&web)?.saturating_sub(before);

@@ -108,7 +108,7 @@ fn denied(containerd: &Containerd) -> Outcome {
         config.annotations.insert("troupe.dev/sockets".into(), "no".into());
     })?;
     let error = mistyped.start().err().context("a wrong annotation was accepted")?;
-    ensure!(format!("{error:#}").contains("annotation troupe.dev/sockets: \"no\" is not a policy"), "{error:#}");
+    ensure!(format!("{error:#}").contains("is not a policy for sockets; choose one of allow, deny"), "{error:#}");
     pod.remove()?;
     expect_empty(&kubelet)
 }
