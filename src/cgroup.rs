@@ -86,7 +86,7 @@ fn hierarchy(line: &str) -> Option<PathBuf> {
     let mut kind = kind.split(' ');
     let counts = match kind.next()? {
         "cgroup2" => true,
-        "cgroup" => kind.last()?.split(',').any(|option| CONTROLLERS.contains(&option)),
+        "cgroup" => kind.next_back()?.split(',').any(|option| CONTROLLERS.contains(&option)),
         _ => false,
     };
     counts.then(|| mount.split(' ').nth(4).map(PathBuf::from)).flatten()

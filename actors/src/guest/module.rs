@@ -178,7 +178,7 @@ mod tests {
 
     #[tokio::test]
     async fn many_starts_of_one_program_keep_it_loaded_once() {
-        let mut settings = CompileSettings::new("/nonexistent/cache");
+        let mut settings = CompileSettings::new("/proc/nonexistent/cache");
         settings.linger = std::time::Duration::from_secs(24 * 3600);
         let programs = Programs::new(Engines::new(), settings, |_, _, _| Ok(()));
         let (one, other) = (Arc::new(()), Arc::new(()));
@@ -196,7 +196,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_refused_at_first_sight_starts_no_worker() {
-        let mut settings = CompileSettings::new("/nonexistent/cache");
+        let mut settings = CompileSettings::new("/proc/nonexistent/cache");
         settings.worker = "/nonexistent/worker".into();
         let programs = Programs::new(Engines::new(), settings, |_, _, _| Ok(()));
         let error = programs.load("/bin/ls", b"\x7fELF\x02\x01\x01\0".to_vec(), Bounds::default()).await.unwrap_err();
