@@ -10,12 +10,18 @@
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 /// Hierarchies of cgroup v1 that limit or account what a process does. The others (devices, freezer, cpuset and names
 /// without a controller) say nothing about a wasm guest.
 const CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "blkio"];
+
+/// How long a killed process may be on its way out, and how often that is looked at.
+const DYING: Duration = Duration::from_secs(1);
+const RETRY: Duration = Duration::from_millis(20);
 
 /// Where the hierarchies are mounted.
 const MOUNTS: &str = "/proc/self/mountinfo";
@@ -57,12 +63,17 @@ impl Cgroup {
     }
 }
 
-/// Removes what a killed process has left of the cgroup that a spec names. One that others use stays.
+/// Removes what a killed process has left of the cgroup that a spec names. One that others use stays. The kernel may need a
+/// moment to take the process apart, and nothing tells when it has: blocks for a second at most.
 pub fn remove(path: &str) {
+    let deadline = Instant::now() + DYING;
     let places = fs::read_to_string(MOUNTS).map_err(anyhow::Error::from).and_then(|table| places(&table, path));
     for place in places.unwrap_or_default() {
-        // Not there, or not empty: not ours to remove.
-        let _ = remove_leaf(&place);
+        while remove_leaf(&place).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy)
+            && Instant::now() < deadline
+        {
+            thread::sleep(RETRY);
+        }
     }
 }
 

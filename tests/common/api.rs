@@ -1,6 +1,6 @@
 //! containerd's own API, used as a program with its client library would: images that no tool would make, and containers
 //! that `ctr run` refuses to make, because it insists on an image config and a root filesystem. The CNCF's artifact is
-//! one of those; what a kubelet does about it (through CRI, which needs pods) is done here by hand.
+//! one of those; a kubelet runs it through CRI (suite pods_images), here it is done by hand.
 
 use std::collections::HashMap;
 use std::fs;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_client::tonic::transport::Channel;
-use containerd_client::tonic::{Response, Status};
+use containerd_client::tonic::{Code, Response, Status};
 use k8s_cri::v1 as cri;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
@@ -188,6 +188,17 @@ impl<'a> Pod<'a> {
     /// Its address.
     pub fn ip(&self) -> Result<IpAddr> {
         Ok(self.status()?.network.context("no network")?.ip.parse()?)
+    }
+
+    /// PodSandboxStats; `None` from containerd 1.6, which has none.
+    pub fn stats(&self) -> Result<Option<cri::PodSandboxStats>> {
+        let request = cri::PodSandboxStatsRequest { pod_sandbox_id: self.id.clone() };
+        let mut service = self.kubelet.runtime_service();
+        match self.kubelet.call("PodSandboxStats", service.pod_sandbox_stats(request)) {
+            Ok(answer) => answer.stats.context("no statistics").map(Some),
+            Err(error) if error.downcast_ref::<Status>().map(Status::code) == Some(Code::Unimplemented) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The pid of its sandbox, as containerd was told.

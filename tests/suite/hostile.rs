@@ -27,8 +27,11 @@ pub const CASES: crate::common::Cases = &[
 fn leaving_nothing(containerd: &Containerd, namespace: &str, act: impl FnOnce(&Client<'_>) -> Outcome) -> Outcome {
     let client = containerd.namespace(namespace);
     let neighbour = client.guest("/sleeper.wasm", &[])?.detached()?;
-    // The first failure may load what every later one uses.
+    // The first failure may load what every later one uses, of wasm as of Linux programs.
     client.guest("/none.wasm", &[])?.expect_error("none.wasm")?;
+    let root = root(containerd, "first")?;
+    fs::write(root.join("script"), "#!/bin/sh\n")?;
+    client.rootfs(&root, &["/script"]).expect_error("/script")?;
     let daemon = neighbour.daemon()?;
     let before = proc::holdings(daemon)?;
     act(&client)?;

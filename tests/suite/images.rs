@@ -28,7 +28,7 @@ pub const CASES: crate::common::Cases = &[
 ];
 
 /// The same program as a module and as a component.
-const KITS: [&str; 2] = ["kit.wasm", "kit-component.wasm"];
+pub const KITS: [&str; 2] = ["kit.wasm", "kit-component.wasm"];
 
 /// What a guest was built to.
 pub fn bytes(guest: &str) -> Result<Vec<u8>> {
@@ -53,14 +53,14 @@ fn with_export(kit: &str, file: &str) -> Option<String> {
     (kit == "kit.wasm").then(|| format!("{file}#_start"))
 }
 
-fn forms(kit: &str) -> Vec<String> {
+pub fn forms(kit: &str) -> Vec<String> {
     let mut forms = vec![format!("/{kit}"), kit.to_owned(), format!("./{kit}"), format!("../{kit}")];
     forms.extend(with_export(kit, &format!("/{kit}")));
     forms
 }
 
 /// What names nothing: the only module is meant.
-fn nothing(kit: &str) -> Vec<String> {
+pub fn nothing(kit: &str) -> Vec<String> {
     let mut forms = vec!["/".to_owned(), String::new(), ".".to_owned()];
     forms.extend(with_export(kit, ""));
     forms

@@ -11,8 +11,11 @@ use crate::common::containerd::{Containerd, IDLE};
 use crate::common::cri::{Kubelet, Pod};
 use crate::common::{Outcome, SOON, proc, wait};
 
-pub const CASES: crate::common::Cases =
-    &[("the_process_of_a_pod_is_in_its_cgroup", of_its_own), ("a_killed_process_leaves_no_cgroup", killed)];
+pub const CASES: crate::common::Cases = &[
+    ("the_process_of_a_pod_is_in_its_cgroup", of_its_own),
+    ("a_killed_process_leaves_no_cgroup", killed),
+    ("the_statistics_of_a_pod_are_those_of_its_cgroup", statistics),
+];
 
 /// As a kubelet makes it before the pod, and removes it afterwards.
 struct Parent {
@@ -99,5 +102,29 @@ fn killed(containerd: &Containerd) -> Outcome {
     wait::until_true("the pod to be told", SOON, || Ok(!pod.is_ready()?))?;
     pod.remove()?;
     wait::until_true("its cgroup to go", SOON, || Ok(!leaf.exists()))?;
+    expect_empty(&kubelet)
+}
+
+/// The kernel's figures of the pod, and the shim's of the container in it, of a request that burns a known time.
+fn statistics(containerd: &Containerd) -> Outcome {
+    let kubelet = Kubelet::connect(containerd)?;
+    let parent = Parent::create(containerd, "stats")?;
+    let pod = run(&kubelet, &parent, "busy")?;
+    let web = pod.web("web", &[])?;
+    get(&kubelet, addr(&pod, 8080)?, "/spin?ms=400")?.expect(200, "spun\n")?;
+    let Some(stats) = pod.stats()? else {
+        ensure!(containerd.version == "1.6", "containerd {} has no statistics of pods", containerd.version);
+        return pod.remove();
+    };
+    let linux = stats.linux.context("no statistics of Linux")?;
+    let spent = linux.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).context("no CPU time of the pod")?.value;
+    let used = linux.memory.and_then(|memory| memory.working_set_bytes).context("no memory of the pod")?.value;
+    // The process itself, and the start of the server, are the pod's as well.
+    ensure!((100_000_000..20_000_000_000).contains(&spent) && used > 1 << 20, "{spent} ns, {used} bytes");
+    let of_web = linux.containers.iter().find(|one| one.attributes.as_ref().is_some_and(|it| it.id == web.id));
+    let theirs =
+        of_web.and_then(|one| one.cpu.as_ref()?.usage_core_nano_seconds).context("no CPU time of the server")?;
+    ensure!((50_000_000..=spent).contains(&theirs.value), "{} ns of {spent}", theirs.value);
+    pod.remove()?;
     expect_empty(&kubelet)
 }

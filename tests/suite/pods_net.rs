@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use k8s_cri::v1::{DnsConfig, Mount, PodSandboxConfig};
+use k8s_cri::v1::{DnsConfig, Mount, PodSandboxConfig, PortMapping};
 
 use super::pods::{addr, expect_empty, get};
 use crate::common::containerd::Containerd;
@@ -22,6 +22,7 @@ pub const CASES: crate::common::Cases = &[
     ("names_are_looked_up_as_the_pod_says", names),
     ("a_large_answer_comes_over_tcp", large_answer),
     ("a_dead_name_server_is_told_in_time", dead_server),
+    ("a_port_of_the_node_leads_to_the_pod", host_port),
 ];
 
 const PORT: u16 = 9000;
@@ -219,5 +220,21 @@ fn dead_server(containerd: &Containerd) -> Outcome {
     ensure!(said.contains("resolver-failure"), "{said}");
     pod.remove()?;
     first.remove()?;
+    expect_empty(&kubelet)
+}
+
+/// What a kubelet asks for with `hostPort`: CNI's portmap, in the node's own iptables.
+fn host_port(containerd: &Containerd) -> Outcome {
+    const HOST_PORT: u16 = 18080;
+    let kubelet = Kubelet::connect(containerd)?;
+    let mut config = kubelet.pod("mapped")?;
+    config.port_mappings =
+        vec![PortMapping { container_port: 8080, host_port: HOST_PORT.into(), ..Default::default() }];
+    let pod = kubelet.run(config)?;
+    pod.web("web", &[])?;
+    let node = SocketAddr::new(IpAddr::V4(format!("{SUBNET}.1").parse()?), HOST_PORT);
+    get(&kubelet, node, "/hello")?.expect(200, "hello\n")?;
+    pod.remove()?;
+    ensure!(get(&kubelet, node, "/hello").is_err(), "the port is still mapped");
     expect_empty(&kubelet)
 }

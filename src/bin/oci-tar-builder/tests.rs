@@ -303,7 +303,7 @@ fn mistakes_are_named() {
             "give the tar uncompressed",
         ),
         (vec!["--layer=application/x=@data.txt"], "there is no wasm"),
-        (vec!["--layer=application/x=@data.txt", "--as-artifact"], "begins with its entrypoint"),
+        (vec!["--layer=application/x=@data.txt", "--as-artifact"], "an artifact begins with wasm"),
         (
             vec![module, "--as-artifact", "--layer=application/vnd.oci.image.layer.v1.tar=@data.txt"],
             "no root filesystem",
