@@ -111,7 +111,7 @@ pub fn containerd_config(folder: &Path) -> String {
     let (folder, options) = (folder.display(), folder.join("options.toml"));
     let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
     format!(
-        "[{cri}]\nsandbox_image = \"{pause}\"\ndisable_apparmor = true\nnetns_mounts_under_state_dir = true\n\
+        "[{cri}]\nsandbox_image = \"{pause}\"\ndisable_apparmor = true\nrestrict_oom_score_adj = true\nnetns_mounts_under_state_dir = true\n\
          [{cri}.cni]\nbin_dir = \"{PLUGINS}\"\nconf_dir = \"{folder}/cni\"\n\
          [{cri}.containerd]\ndefault_runtime_name = \"wasmtime\"\n\
          [{cri}.containerd.runtimes.wasmtime]\nruntime_type = \"io.containerd.wasmtime.v1\"\n\

@@ -192,8 +192,9 @@ fn detach(containerd: &Containerd) -> Outcome {
     ensure!(container.status()?.as_deref() == Some("RUNNING"));
     let again = container.attach()?;
     again.stdout.wait_text("line ", SOON)?;
-    container.kill_and_wait("SIGKILL")?;
+    // It would take the task away itself when that ends.
     drop(again);
+    container.kill_and_wait("SIGKILL")?;
     container.delete()?;
     client.expect_empty()
 }
