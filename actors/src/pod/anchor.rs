@@ -75,8 +75,8 @@ impl Anchor {
 }
 
 impl Drop for Anchor {
-    /// Ends the thread and waits for it, so that "deleted" means gone; it only has to wake up. Blocks shortly: drop it
-    /// on a blocking thread.
+    /// Ends the thread and waits for it, so that "deleted" means gone (but for the moment that the kernel needs to take
+    /// it out of `/proc`); it only has to wake up. Blocks shortly: drop it on a blocking thread.
     fn drop(&mut self) {
         drop(self.end.take());
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
@@ -121,16 +121,29 @@ fn join(name: &str, path: &Path, kind: LinkNameSpaceType) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    pub(in crate::pod) fn exists(tid: u32) -> bool {
+        Path::new(&format!("/proc/self/task/{tid}")).exists()
+    }
+
+    /// The kernel wakes who joins a thread a moment before it takes the thread out of `/proc`.
+    pub(in crate::pod) fn await_end(tid: u32) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while exists(tid) {
+            assert!(std::time::Instant::now() < deadline, "thread {tid} is still there");
+            std::thread::yield_now();
+        }
+    }
 
     #[test]
     fn an_anchor_on_the_host_has_a_tid_and_ends_with_its_owner() {
         let anchor = Anchor::start(&Namespaces::default(), None).unwrap();
-        let task = format!("/proc/self/task/{}", anchor.tid());
-        assert!(Path::new(&task).exists());
+        let tid = anchor.tid();
+        assert!(exists(tid));
         drop(anchor);
-        assert!(!Path::new(&task).exists());
+        await_end(tid);
     }
 
     #[test]

@@ -92,6 +92,7 @@ impl Drop for Brought {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pod::anchor::tests::{await_end, exists};
 
     fn bundle(role: Role) -> Bundle {
         Bundle { role, ..Bundle::for_tests() }
@@ -114,9 +115,9 @@ mod tests {
 
         drop(brought);
         assert!(enter_member("ns").is_err());
-        let task = format!("/proc/self/task/{}", entered.tid());
-        assert!(std::path::Path::new(&task).exists());
+        let tid = entered.tid();
+        assert!(exists(tid));
         drop(entered);
-        assert!(!std::path::Path::new(&task).exists());
+        await_end(tid);
     }
 }
