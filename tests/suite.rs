@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cases of suite/*.rs × containerd 1.6, 1.7, 2.1   "1.7::exits::code_of_proc_exit"   (some on the newest only)
+//! some of them with pods on cgroup v2              "1.7-cgroup2::pods_life::…"         (where the machine has version 1)
 //! cases of the bare binary                         "bare::api::create_twice"
 //! ```
 //! One private containerd a version is shared by the cases and started by the first that needs it; what it leaves
@@ -66,7 +67,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Result, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
 
+use common::cgroup;
 use common::containerd::{Containerd, VERSIONS};
+use common::node::Cgroups;
 use common::{BareCases, Cases, Outcome, base};
 
 /// What `suite/*.rs` offer.
@@ -114,11 +117,16 @@ const IN_PODS: &[(&str, Cases)] = &[
     ("limits_cri", suite::limits_cri::CASES),
     ("pods", suite::pods::CASES),
     ("pods_cgroup", suite::pods_cgroup::CASES),
+    ("pods_cgroup", suite::pods_cgroup::COUNTED),
     ("pods_images", suite::pods_images::CASES),
     ("pods_life", suite::pods_life::CASES),
     ("pods_load", suite::pods_load::CASES),
     ("pods_net", suite::pods_net::CASES),
 ];
+/// Over one that sees cgroup v2 and nothing else, on a machine where all the others see version 1, which has the
+/// controllers: a Linux program of `ctr`, which asks for CPU shares, could not be there.
+const ON_CGROUP_2: &[(&str, Cases)] =
+    &[("pods_cgroup", suite::pods_cgroup::CASES), ("pods_life", suite::pods_life::CASES)];
 /// On the newest only: they are about the guest or the machine, and take long.
 const ON_NEWEST: &[(&str, Cases)] = &[
     ("http_guest", suite::http_guest::NEWEST),
@@ -148,12 +156,12 @@ fn main() -> ExitCode {
         eprintln!("the tests cannot run: {error:#}");
         return ExitCode::FAILURE;
     }
-    let shared = VERSIONS.map(|version| Arc::new(Shared::new(version, false)));
-    let nodes = VERSIONS.map(|version| Arc::new(Shared::new(version, true)));
+    let shared = [None, Some(Cgroups::Machine), Some(Cgroups::Unified)]
+        .map(|pods| VERSIONS.map(|version| Arc::new(Shared::new(version, pods))));
     let can_swap = arguments.list || suite::http_swap::is_possible();
-    let conclusion = libtest_mimic::run(&arguments, trials(&shared, &nodes, can_swap));
+    let conclusion = libtest_mimic::run(&arguments, trials(&shared, can_swap));
     let mut clean = true;
-    for shared in shared.iter().chain(&nodes) {
+    for shared in shared.iter().flatten() {
         if let Err(error) = shared.close() {
             eprintln!("{error:#}");
             clean = false;
@@ -175,13 +183,19 @@ fn prepare() -> Result<()> {
     base::create()
 }
 
-fn trials(shared: &[Arc<Shared>; 3], nodes: &[Arc<Shared>; 3], can_swap: bool) -> Vec<Trial> {
+/// `shared`: without pods, with pods, with pods on cgroup v2.
+fn trials([shared, nodes, unified]: &[[Arc<Shared>; VERSIONS.len()]; 3], can_swap: bool) -> Vec<Trial> {
     let mut trials = Vec::new();
     for shared in shared {
         trials.extend(OVER_CONTAINERD.iter().flat_map(|(file, cases)| over(shared, file, cases)));
     }
     for node in nodes {
         trials.extend(IN_PODS.iter().flat_map(|(file, cases)| over(node, file, cases)));
+    }
+    let is_hybrid = cgroup::is_hybrid();
+    for node in unified {
+        let cases = ON_CGROUP_2.iter().flat_map(|(file, cases)| over(node, file, cases));
+        trials.extend(cases.map(|trial| trial.with_ignored_flag(!is_hybrid)));
     }
     for shared in &shared[1..] {
         trials.extend(SINCE_1_7.iter().flat_map(|(file, cases)| over(shared, file, cases)));
@@ -202,7 +216,7 @@ fn trials(shared: &[Arc<Shared>; 3], nodes: &[Arc<Shared>; 3], can_swap: bool) -
 fn over(shared: &Arc<Shared>, file: &str, cases: Cases) -> impl Iterator<Item = Trial> {
     cases.iter().map(move |(name, case)| {
         let shared = Arc::clone(shared);
-        Trial::test(format!("{}::{file}::{name}", shared.version), move || shared.run(*case))
+        Trial::test(format!("{}::{file}::{name}", shared.name()), move || shared.run(*case))
     })
 }
 
@@ -226,13 +240,20 @@ fn is_all_gone() -> bool {
 /// The containerd of one version, started when first needed.
 struct Shared {
     version: &'static str,
-    makes_pods: bool,
+    /// Whether it makes pods, and on which cgroups.
+    pods: Option<Cgroups>,
     containerd: Mutex<Option<Arc<Containerd>>>,
 }
 
 impl Shared {
-    fn new(version: &'static str, makes_pods: bool) -> Self {
-        Self { version, makes_pods, containerd: Mutex::default() }
+    fn new(version: &'static str, pods: Option<Cgroups>) -> Self {
+        Self { version, pods, containerd: Mutex::default() }
+    }
+
+    /// How its cases' names begin.
+    fn name(&self) -> String {
+        let suffix = if self.pods == Some(Cgroups::Unified) { "-cgroup2" } else { "" };
+        format!("{}{suffix}", self.version)
     }
 
     fn get(&self) -> Result<Arc<Containerd>> {
@@ -240,9 +261,9 @@ impl Shared {
         match &*containerd {
             Some(containerd) => Ok(Arc::clone(containerd)),
             None => {
-                let started = match self.makes_pods {
-                    false => Containerd::start(self.version, self.version)?,
-                    true => Containerd::start_node(self.version, &format!("{}-node", self.version))?,
+                let started = match self.pods {
+                    None => Containerd::start(self.version, self.version)?,
+                    Some(cgroups) => Containerd::start_node(self.version, &format!("{}-node", self.name()), cgroups)?,
                 };
                 Ok(Arc::clone(containerd.insert(Arc::new(started))))
             }

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::common::base;
 use crate::common::containerd::{Containerd, VERSIONS};
+use crate::common::node::Cgroups;
 
 /// A name, and what it measures; false when a promise does not hold.
 pub type Section = (&'static str, fn(&Host) -> Result<bool>);
@@ -40,7 +41,7 @@ impl Host {
     /// One that makes pods.
     pub fn node(&self) -> Result<&Containerd> {
         if self.node.get().is_none() {
-            let started = Containerd::start_node(self.version, "bench-node")?;
+            let started = Containerd::start_node(self.version, "bench-node", Cgroups::Machine)?;
             return Ok(self.node.get_or_init(|| started));
         }
         self.node.get().context("the containerd of this run")

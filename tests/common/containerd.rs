@@ -17,8 +17,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::cgroup::Hierarchy;
 use super::events::Events;
-use super::node::{self, Node};
+use super::node::{self, Cgroups, Node};
 use super::{SOON, base, ctr::Client, proc, wait};
 
 /// The versions every case runs on: what Debian's bookworm, trixie and sid ship.
@@ -73,8 +74,8 @@ impl Containerd {
     }
 
     /// Starts one that makes pods, in a network of its own.
-    pub fn start_node(version: &'static str, name: &str) -> Result<Self> {
-        Self::start_on(version, name, Some(Node::create(&base::folder(name)?)?))
+    pub fn start_node(version: &'static str, name: &str, cgroups: Cgroups) -> Result<Self> {
+        Self::start_on(version, name, Some(Node::create(&base::folder(name)?, cgroups)?))
     }
 
     fn start_on(version: &'static str, name: &str, node: Option<Node>) -> Result<Self> {
@@ -103,6 +104,11 @@ impl Containerd {
 
     pub fn node(&self) -> Option<&Node> {
         self.node.as_ref()
+    }
+
+    /// The cgroups that it sees.
+    pub fn hierarchy(&self) -> Result<Hierarchy> {
+        Hierarchy::of(self.node.as_ref().map_or(Cgroups::Machine, Node::cgroups))
     }
 
     pub fn folder(&self) -> &Path {
@@ -139,7 +145,7 @@ impl Containerd {
         let child = self
             .node
             .as_ref()
-            .map_or_else(|| Command::new(&program), |node| node.command(&program))
+            .map_or_else(|| Command::new(&program), |node| node.daemon(&program))
             .arg("--config")
             .arg(self.folder.join("config.toml"))
             .env("PATH", path)

@@ -13,6 +13,7 @@
 
 pub mod api;
 pub mod base;
+pub mod cgroup;
 pub mod containerd;
 pub mod cri;
 pub mod ctr;

@@ -22,14 +22,29 @@ const PLUGINS: &str = "/usr/lib/cni";
 /// The first three numbers of every pod's address.
 pub const SUBNET: &str = "10.201.7";
 
+/// Hides the hierarchies of the machine, in a mount namespace of the program's own: what it sees is cgroup v2, of which
+/// there is one, wherever it is mounted.
+const UNIFIED: &str =
+    r#"umount --recursive /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$0" "$@""#;
+
 #[derive(Debug)]
 pub struct Node {
     network: PathBuf,
+    cgroups: Cgroups,
+}
+
+/// Which cgroups the programs of a node see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cgroups {
+    /// The machine's.
+    Machine,
+    /// Version 2 alone. Where version 1 has the controllers, it can place, count CPU time, freeze and kill, and not limit.
+    Unified,
 }
 
 impl Node {
     /// Makes the network, and the CNI configuration in `folder`/cni.
-    pub fn create(folder: &Path) -> Result<Self> {
+    pub fn create(folder: &Path, cgroups: Cgroups) -> Result<Self> {
         ensure!(
             Path::new(PLUGINS).join("bridge").is_file(),
             "no CNI plugins in {PLUGINS}: run `make test`, which installs them"
@@ -39,7 +54,7 @@ impl Node {
         let mut unshare = Command::new("unshare");
         unshare.arg(format!("--net={}", network.display())).arg("true");
         job::run(unshare, SOON)?.success("unshare --net")?;
-        let node = Self { network };
+        let node = Self { network, cgroups };
         node.run("ip", &["link", "set", "lo", "up"])?;
         let conf = folder.join("cni");
         fs::create_dir_all(&conf)?;
@@ -52,6 +67,22 @@ impl Node {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.network.display())).arg(program);
         command
+    }
+
+    /// The same for what deals with cgroups.
+    pub fn daemon(&self, program: &Path) -> Command {
+        match self.cgroups {
+            Cgroups::Machine => self.command(program),
+            Cgroups::Unified => {
+                let mut command = self.command("unshare");
+                command.args(["--mount", "--propagation", "slave", "sh", "-c", UNIFIED]).arg(program);
+                command
+            }
+        }
+    }
+
+    pub fn cgroups(&self) -> Cgroups {
+        self.cgroups
     }
 
     pub fn run(&self, program: &str, words: &[&str]) -> Result<String> {

@@ -1,6 +1,6 @@
 //! Linux programs and the process that holds them: what is left of either, and who notices the other.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -42,7 +42,7 @@ fn orphans(containerd: &Containerd) -> Outcome {
     let daemon = client.daemon()?;
     wait::until_true("the orphans to end", SOON, || Ok(container.ps()?.lines().count() <= 4))?;
     wait::until_true("no zombie of the daemon's", SOON, || Ok(zombies_of(daemon)?.is_empty()))?;
-    let cgroup = cgroup_of(container.pid()?)?;
+    let cgroup = cgroup_of(containerd, container.pid()?)?;
     container.kill("SIGKILL")?;
     ensure!(job.wait(SOON)?.code == Some(137));
     // What the first process leaves behind does not outlive it.
@@ -50,14 +50,12 @@ fn orphans(containerd: &Containerd) -> Outcome {
     client.expect_empty()
 }
 
-/// Of the controller of memory, or the only one.
-fn cgroup_of(pid: u32) -> Result<PathBuf> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let line = text.lines().find(|line| line.contains(":memory:")).or_else(|| text.lines().last()).context("none")?;
-    let path = line.splitn(3, ':').nth(2).context("no path")?.trim_start_matches('/').to_owned();
-    let root = if line.contains(":memory:") { "/sys/fs/cgroup/memory" } else { "/sys/fs/cgroup" };
-    ensure!(!path.is_empty(), "process {pid} is in no cgroup of its own: {text}");
-    Ok(Path::new(root).join(path))
+/// The folder of a process's cgroup, which has to be its own.
+fn cgroup_of(containerd: &Containerd, pid: u32) -> Result<PathBuf> {
+    let hierarchy = containerd.hierarchy()?;
+    let place = hierarchy.place(pid)?;
+    ensure!(place != "/", "process {pid} is in no cgroup of its own");
+    Ok(hierarchy.folder(&place))
 }
 
 fn killed_daemon(containerd: &Containerd) -> Outcome {
@@ -68,7 +66,7 @@ fn killed_daemon(containerd: &Containerd) -> Outcome {
     client.ctr(&["task", "pause", &paused.id])?;
     let mut seen = Vec::new();
     for container in containers.iter().chain([&paused]) {
-        seen.push((container.pid()?, cgroup_of(container.pid()?)?));
+        seen.push((container.pid()?, cgroup_of(containerd, container.pid()?)?));
     }
     let state = containerd.folder().join("state/runc/native-killed");
     ensure!(std::fs::read_dir(&state)?.count() == 3, "runc's state is not in {}", state.display());
@@ -91,7 +89,7 @@ fn drained(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("native-drained");
     let polite = shell(&client, "trap 'exit 4' TERM; while :; do sleep 0.1; done")?.detached()?;
     let stubborn = run(&client, &["sleep", "1000"])?.detached()?;
-    let cgroup = cgroup_of(polite.pid()?)?;
+    let cgroup = cgroup_of(containerd, polite.pid()?)?;
     proc::signal(client.daemon()?, Signal::TERM)?;
     ensure!(polite.exit()?.exit_code() == 4);
     // The first process of a pid namespace gets no signal that it does not handle: it is cut off.

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::common::containerd::Containerd;
 use crate::common::cri::{self, Kubelet, Pod};
 use crate::common::http::{self, Answer, Protocol};
-use crate::common::node::SUBNET;
+use crate::common::node::{Cgroups, SUBNET};
 use crate::common::{Outcome, SOON, proc, wait};
 
 pub const CASES: crate::common::Cases = &[
@@ -174,7 +174,7 @@ fn refused(containerd: &Containerd) -> Outcome {
 }
 
 fn restart(containerd: &Containerd) -> Outcome {
-    let own = Containerd::start_node(containerd.version, &format!("{}-pods", containerd.version))?;
+    let own = Containerd::start_node(containerd.version, &format!("{}-pods", containerd.version), Cgroups::Machine)?;
     let kubelet = Kubelet::connect(&own)?;
     let pod = kubelet.run(kubelet.pod("stays")?)?;
     pod.web("web", &[])?;

@@ -1,34 +1,37 @@
 //! The group `pod`: a process for each pod, in the pod's own cgroup, where the kernel counts and limits it.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
 use super::pods::{addr, expect_empty, get};
+use crate::common::cgroup::Hierarchy;
 use crate::common::containerd::{Containerd, IDLE};
 use crate::common::cri::{Kubelet, Pod};
 use crate::common::{Outcome, SOON, proc, wait};
 
-pub const CASES: crate::common::Cases = &[
-    ("the_process_of_a_pod_is_in_its_cgroup", of_its_own),
-    ("a_killed_process_leaves_no_cgroup", killed),
-    ("the_statistics_of_a_pod_are_those_of_its_cgroup", statistics),
-];
+pub const CASES: crate::common::Cases =
+    &[("the_process_of_a_pod_is_in_its_cgroup", of_its_own), ("a_killed_process_leaves_no_cgroup", killed)];
+
+/// They need a cgroup that counts.
+pub const COUNTED: crate::common::Cases = &[("the_statistics_of_a_pod_are_those_of_its_cgroup", statistics)];
 
 /// As a kubelet makes it before the pod, and removes it afterwards.
 struct Parent {
     name: String,
     folder: PathBuf,
+    hierarchy: Hierarchy,
 }
 
 impl Parent {
     fn create(containerd: &Containerd, name: &str) -> Result<Self> {
         let name = format!("/trp{}-{}-{name}", std::process::id(), containerd.version);
-        let folder = hierarchy().join(name.trim_start_matches('/'));
+        let hierarchy = containerd.hierarchy()?;
+        let folder = hierarchy.folder(&name);
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        Ok(Self { name, folder })
+        Ok(Self { name, folder, hierarchy })
     }
 
     fn leaf(&self, pod: &Pod<'_>) -> PathBuf {
@@ -46,24 +49,11 @@ impl Drop for Parent {
     }
 }
 
-/// Where memory is counted.
-fn hierarchy() -> &'static Path {
-    let v2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    Path::new(if v2 { "/sys/fs/cgroup" } else { "/sys/fs/cgroup/memory" })
-}
-
 fn run<'a>(kubelet: &'a Kubelet<'_>, parent: &Parent, name: &str) -> Result<Pod<'a>> {
     let mut config = kubelet.pod(name)?;
     config.annotations.insert("troupe.dev/group".into(), "pod".into());
     config.linux.get_or_insert_default().cgroup_parent = parent.name.clone();
     kubelet.run(config)
-}
-
-/// The line of /proc/PID/cgroup that says where its memory is counted.
-fn place(pid: u32) -> Result<String> {
-    let table = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let line = table.lines().find(|line| line.contains(":memory:")).or_else(|| table.lines().next());
-    Ok(line.and_then(|line| line.splitn(3, ':').nth(2)).context("no cgroup")?.to_owned())
 }
 
 fn of_its_own(containerd: &Containerd) -> Outcome {
@@ -75,10 +65,13 @@ fn of_its_own(containerd: &Containerd) -> Outcome {
         pod.web("web", &[])?;
         get(&kubelet, addr(pod, 8080)?, "/hello")?.expect(200, "hello\n")?;
         let daemon = proc::group_leader(pod.pid()?)?;
-        ensure!(place(daemon)? == format!("{}/{}", parent.name, pod.id), "{}", place(daemon)?);
-        let used = fs::read_to_string(parent.leaf(pod).join("memory.usage_in_bytes"))
-            .or_else(|_| fs::read_to_string(parent.leaf(pod).join("memory.current")))?;
-        ensure!(used.trim().parse::<u64>()? > 1 << 20, "the kernel counts {used} bytes");
+        let place = parent.hierarchy.place(daemon)?;
+        ensure!(place == format!("{}/{}", parent.name, pod.id), "{place}");
+        if parent.hierarchy.counts_memory() {
+            let used = fs::read_to_string(parent.leaf(pod).join("memory.usage_in_bytes"))
+                .or_else(|_| fs::read_to_string(parent.leaf(pod).join("memory.current")))?;
+            ensure!(used.trim().parse::<u64>()? > 1 << 20, "the kernel counts {used} bytes");
+        }
         daemons.push(daemon);
     }
     ensure!(daemons[0] != daemons[1], "two pods share the process {daemons:?}");
