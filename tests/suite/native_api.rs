@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::common::job::Collected;
 use crate::common::shim::{self, Shim, Task, expect_code, short};
-use crate::common::{Outcome, SOON, native, proc};
+use crate::common::{Outcome, SOON, native, proc, wait};
 
 pub const BARE: crate::common::BareCases = &[
     ("a_life_in_every_state", life),
@@ -201,8 +201,7 @@ fn exec() -> Outcome {
         spec: process(line),
         ..Default::default()
     };
-    expect_code("exec before start", client.exec(short(), &request("exit 1")), Code::FAILED_PRECONDITION, "created")?;
-    task.start()?;
+    // In one that is created there are its namespaces, and nothing else.
     client.exec(short(), &request("exec sleep 1000"))?;
     expect_code("the same id", client.exec(short(), &request("exit 1")), Code::ALREADY_EXISTS, "exec e")?;
     let state = api::StateRequest { id: "a".into(), exec_id: "e".into(), ..Default::default() };
@@ -217,6 +216,7 @@ fn exec() -> Outcome {
     let seen = client.state(short(), &state)?;
     ensure!(seen.status.enum_value() == Ok(api::Status::RUNNING) && seen.pid == pid && seen.id == "e", "{seen:?}");
     expect_code("delete while it runs", client.delete(short(), &delete), Code::FAILED_PRECONDITION, "running")?;
+    task.start()?;
     client.kill(short(), &kill)?;
     ensure!(client.wait(short(), &wait)?.exit_status == 137);
     expect_code("kill after exit", client.kill(short(), &kill), Code::NOT_FOUND, "already finished")?;
@@ -231,7 +231,14 @@ fn exec() -> Outcome {
     client.delete(short(), &delete)?;
     task.kill(SIGKILL)?;
     ensure!(task.wait()? == 137);
+    expect_code("exec after exit", client.exec(short(), &request("exit 1")), Code::FAILED_PRECONDITION, "stopped")?;
     task.delete()?;
+    // One that was never started takes along what was executed in it.
+    task.create()?;
+    client.exec(short(), &request("exec sleep 1000"))?;
+    let pid = client.start(short(), &start)?.pid;
+    task.delete()?;
+    wait::until_true("the process to end", SOON, || Ok(!proc::is_running(pid)))?;
     end(shim, task)
 }
 

@@ -82,7 +82,7 @@ impl Handler<AddExec> for Container {
 
     fn handle(&mut self, AddExec { exec, process, stdio }: AddExec, _: &mut Context<Self>) -> Result<()> {
         self.task(NO_SHELL)?;
-        self.state.expect_running("exec in")?;
+        self.state.expect_executable()?;
         if exec.is_empty() || exec.len() > LONGEST_NAME || exec.contains('/') {
             return Err(Error::invalid(format!("{exec:?} cannot be the id of an exec")));
         }
@@ -128,7 +128,7 @@ impl Container {
     fn begin_exec(&mut self, name: &str) -> Result<(Arc<crate::native::Task>, ExecSpec, StdioPaths)> {
         let task = self.task(NO_SHELL)?;
         let exec = self.execs.get(&self.handle.id, name)?;
-        self.state.expect_running("exec in")?;
+        self.state.expect_executable()?;
         exec.state.start()?;
         let spec = exec.spec.take().ok_or_else(|| Error::Internal("an exec was started without its process".into()))?;
         Ok((task, spec, exec.stdio.clone()))

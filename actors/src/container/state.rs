@@ -144,6 +144,14 @@ impl State {
         if self.phase == Phase::Running && !self.deleting { Ok(()) } else { Err(self.wrong(verb)) }
     }
 
+    /// Whether another process can be executed in it: its namespaces are there before it is started.
+    pub fn expect_executable(&self) -> Result<()> {
+        match self.phase {
+            Phase::Created | Phase::Running if !self.deleting => Ok(()),
+            _ => Err(self.wrong("exec in")),
+        }
+    }
+
     /// Whether it can be resumed.
     pub fn expect_paused(&self) -> Result<()> {
         if self.phase == Phase::Paused { Ok(()) } else { Err(self.wrong("resume")) }
@@ -255,11 +263,14 @@ mod tests {
             state.expect_running("pause"),
             Err(Error::WrongState { verb: "pause", state: "created", .. })
         ));
+        state.expect_executable().unwrap();
         state.start().unwrap();
+        state.expect_executable().unwrap();
         state.expect_running("pause").unwrap();
         assert!(state.expect_paused().is_err() && !state.resumed());
         assert!(state.paused() && !state.paused());
         state.expect_paused().unwrap();
+        assert!(matches!(state.expect_executable(), Err(Error::WrongState { verb: "exec in", state: "paused", .. })));
         assert!(matches!(state.delete(), Err(Error::WrongState { state: "paused", .. })));
         assert!(state.start().is_err() && state.signal(9).is_ok() && state.signal(65).is_err());
         assert!(state.resumed());
