@@ -35,6 +35,7 @@ mod native;
 mod outgoing;
 mod pod;
 mod resources;
+mod sharded;
 mod signals;
 mod stdio;
 mod supervisor;

@@ -5,17 +5,19 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
+use tokio_util::sync::ReusableBoxFuture;
 
 use super::engine::Engines;
 use super::quota::{CpuTime, Turn};
 use crate::error::{Error, Result};
+use crate::sharded::Counter;
 use crate::users::Identity;
 
 /// Longest time a guest runs before it lets others run, and hears of its own end.
@@ -34,7 +36,9 @@ pub struct Ticker {
 #[derive(Debug, Default)]
 struct Shared {
     /// Guests being polled right now.
-    running: AtomicUsize,
+    running: Counter,
+    /// The thread is, or is about to be, at rest: a guest that comes has to wake it.
+    resting: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -54,18 +58,11 @@ impl Ticker {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Wraps a guest's future: while it is polled the epochs tick, and its CPU time is added to `cpu`, which may make it
-    /// wait.
-    pub fn drive<T>(&self, cpu: Arc<CpuTime>, future: impl Future<Output = T> + Send + 'static) -> Driven<T> {
+    /// What drives guests whose CPU time is added to `cpu`, which may make them wait, and whose files are accessed as `user`
+    /// (the process itself, if none).
+    pub fn driver(&self, cpu: Arc<CpuTime>, user: Option<Arc<Identity>>) -> Arc<Driver> {
         let thread = self.thread.as_ref().map(|thread| thread.thread().clone());
-        Driven {
-            running: Running { shared: Arc::clone(&self.shared), thread },
-            cpu,
-            turn: Turn::default(),
-            clock: Clock::Cpu,
-            future: Box::pin(future),
-            user: None,
-        }
+        Arc::new(Driver { shared: Arc::clone(&self.shared), thread, cpu, user, spare: Mutex::default() })
     }
 }
 
@@ -85,26 +82,46 @@ impl Shared {
     fn tick(&self, engines: &Engines) {
         let mut quiet = 0;
         while !self.stop.load(Ordering::Acquire) {
-            quiet = if self.running.load(Ordering::Acquire) == 0 { quiet + 1 } else { 0 };
+            quiet = if self.running.total() == 0 { quiet + 1 } else { 0 };
             if quiet > LINGER {
-                std::thread::park();
+                self.rest();
                 quiet = 0;
             }
             std::thread::sleep(TICK);
             engines.made().iter().for_each(wasmtime::Engine::increment_epoch);
         }
     }
+
+    /// Sleeps until a guest comes. Of two, one sees the other: this one the guest, or the guest that this one rests.
+    fn rest(&self) {
+        self.resting.store(true, Ordering::SeqCst);
+        if self.running.total() == 0 && !self.stop.load(Ordering::Acquire) {
+            std::thread::park();
+        }
+        self.resting.store(false, Ordering::SeqCst);
+    }
 }
+
+/// Drives guests of one container.
+pub struct Driver {
+    shared: Arc<Shared>,
+    thread: Option<std::thread::Thread>,
+    cpu: Arc<CpuTime>,
+    user: Option<Arc<Identity>>,
+    /// Memory for the next guest's future: two kilobytes are more than malloc has at hand.
+    spare: Mutex<Option<Place>>,
+}
+
+/// Where a future is.
+type Place<T = ()> = ReusableBoxFuture<'static, T>;
 
 /// A guest's future under the tick.
 pub struct Driven<T> {
-    running: Running,
-    cpu: Arc<CpuTime>,
     turn: Turn,
     clock: Clock,
-    future: Pin<Box<dyn Future<Output = T> + Send>>,
-    /// Whose files it sees, if they are not the process's own. After the future: what that began may need it to end.
-    user: Option<Arc<Identity>>,
+    future: Place<T>,
+    /// After the future: what that began may need its user to end.
+    driver: Arc<Driver>,
 }
 
 /// How a poll is timed.
@@ -117,14 +134,36 @@ pub enum Clock {
     Wall,
 }
 
-struct Running {
-    shared: Arc<Shared>,
-    thread: Option<std::thread::Thread>,
-}
+impl Driver {
+    /// Wraps a guest's future.
+    pub fn drive<T>(self: &Arc<Self>, future: impl Future<Output = T> + Send + 'static) -> Driven<T> {
+        self.drive_in(Place::new(future))
+    }
 
-impl Running {
+    /// The same, in the memory of one that has ended ([`Driven::retire`]).
+    pub fn drive_next(self: &Arc<Self>, future: impl Future<Output = ()> + Send + 'static) -> Driven<()> {
+        let spare = self.spare().take();
+        self.drive_in(match spare {
+            Some(mut place) => {
+                place.set(future);
+                place
+            }
+            None => Place::new(future),
+        })
+    }
+
+    fn drive_in<T>(self: &Arc<Self>, future: Place<T>) -> Driven<T> {
+        Driven { turn: Turn::default(), clock: Clock::Cpu, future, driver: Arc::clone(self) }
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<Place>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A guest is polled from here on.
     fn enter(&self) -> Left<'_> {
-        if self.shared.running.fetch_add(1, Ordering::AcqRel) == 0
+        self.shared.running.add(1);
+        if self.shared.resting.load(Ordering::SeqCst)
             && let Some(thread) = &self.thread
         {
             thread.unpark();
@@ -138,20 +177,21 @@ struct Left<'a>(&'a Shared);
 
 impl Drop for Left<'_> {
     fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::AcqRel);
+        self.0.running.sub(1);
     }
 }
 
 impl<T> Driven<T> {
-    /// Has its file operations done as this user.
-    pub fn with_files_of(mut self, user: Option<Arc<Identity>>) -> Self {
-        self.user = user;
-        self
-    }
-
     /// Times the polls from here on with `clock`; at first with that of the CPU.
     pub fn time_by(&mut self, clock: Clock) {
         self.clock = clock;
+    }
+}
+
+impl Driven<()> {
+    /// Leaves the memory of a future that has ended to the next one.
+    pub fn retire(self) {
+        *self.driver.spare() = Some(self.future);
     }
 }
 
@@ -159,24 +199,25 @@ impl<T> Future for Driven<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        let this = &mut *self;
-        if this.cpu.is_limited() {
-            ready!(this.turn.poll(&this.cpu, cx));
+        let Self { turn, clock, future, driver } = &mut *self;
+        let cpu = &driver.cpu;
+        if cpu.is_limited() {
+            ready!(turn.poll(cpu, cx));
         }
-        let clock = if this.cpu.wants_exactness() { Clock::Cpu } else { this.clock };
-        let _left = this.running.enter();
-        let _user = this.user.as_deref().and_then(Identity::enter);
+        let clock = if cpu.wants_exactness() { Clock::Cpu } else { *clock };
+        let _left = driver.enter();
+        let _user = driver.user.as_deref().and_then(Identity::enter);
         match clock {
             Clock::Cpu => {
                 let before = thread_cpu_time();
-                let poll = this.future.as_mut().poll(cx);
-                this.cpu.add(thread_cpu_time().saturating_sub(before));
+                let poll = future.poll(cx);
+                cpu.add(thread_cpu_time().saturating_sub(before));
                 poll
             }
             Clock::Wall => {
                 let before = Instant::now();
-                let poll = this.future.as_mut().poll(cx);
-                this.cpu.add_wall(before.elapsed());
+                let poll = future.poll(cx);
+                cpu.add_wall(before.elapsed());
                 poll
             }
         }

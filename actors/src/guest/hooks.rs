@@ -29,7 +29,7 @@ const BODY_CHUNK: usize = 64 << 10;
 #[derive(Default)]
 pub struct Hooks {
     /// `None` sends nothing anywhere.
-    client: Option<Client>,
+    client: Option<Arc<Client>>,
     /// Lives as long as the guest; made for its first request.
     life: Option<Arc<()>>,
 }
@@ -37,13 +37,18 @@ pub struct Hooks {
 impl Hooks {
     /// Hooks that send requests with `client`.
     pub fn new(client: Option<Client>) -> Self {
-        Self { client, life: None }
+        Self { client: client.map(Arc::new), life: None }
+    }
+
+    /// Hooks to be cloned on another thread: the clones count apart from these.
+    pub fn apart(&self) -> Self {
+        Self::new(self.client.as_deref().cloned())
     }
 }
 
 impl Clone for Hooks {
     fn clone(&self) -> Self {
-        Self::new(self.client.clone())
+        Self { client: self.client.clone(), life: None }
     }
 }
 

@@ -76,7 +76,9 @@ impl Budget {
         let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= limit);
         match self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits) {
             Ok(before) => {
-                self.peak.fetch_max(before + bytes, Ordering::Relaxed);
+                if before + bytes > self.peak() {
+                    self.peak.fetch_max(before + bytes, Ordering::Relaxed);
+                }
                 Ok(())
             }
             Err(used) => {

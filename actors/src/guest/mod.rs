@@ -65,7 +65,7 @@ pub use prewarm::{Entry as CacheEntry, Prewarm};
 pub use program::{Entry, Program};
 pub use quota::{CpuTime, Throttled};
 pub use run::Run;
-pub use serving::{Begun, Flight, Serving, Step};
+pub use serving::{Begun, Entrance, Flight, Serving, Step};
 pub use shared::Reuse;
 pub use sockets::Sockets;
 pub use store::Environment;

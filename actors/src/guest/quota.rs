@@ -14,7 +14,7 @@
 //! Called by `epoch.rs`, which polls the guests, and by the container, whose limits may change.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use tokio::time::Sleep;
 
 use crate::resources::Quota;
+use crate::sharded::Counter;
 
 /// What a quota has done so far, in the words of the kernel's `cpu.stat`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,7 +38,7 @@ pub struct Throttled {
 /// CPU time used by one container's guests.
 #[derive(Debug, Default)]
 pub struct CpuTime {
-    total: AtomicU64,
+    total: Counter,
     is_limited: AtomicBool,
     /// Polls to be timed exactly, as the machine was busy a moment ago.
     exact: AtomicU32,
@@ -59,7 +60,7 @@ impl CpuTime {
 
     /// So far. A guest that is running is counted up to its last yield, a tick ago at most.
     pub fn total(&self) -> Duration {
-        Duration::from_nanos(self.total.load(Ordering::Relaxed))
+        Duration::from_nanos(self.total.total())
     }
 
     /// How often and how long guests had to wait.
@@ -107,7 +108,7 @@ impl CpuTime {
 
     /// A guest has run for so long.
     pub(super) fn add(&self, time: Duration) {
-        self.total.fetch_add(nanos(time).unsigned_abs(), Ordering::Relaxed);
+        self.total.add(nanos(time).unsigned_abs());
         if self.is_limited() {
             self.bucket().charge(time, Instant::now());
         }

@@ -37,8 +37,8 @@ impl Run {
         };
         let user = environment.user.clone();
         let (theirs, environment) = (streams.clone(), Arc::new(environment));
-        let call = ticker.drive(cpu, async move { call(&program, &entry, environment, &theirs, &budget).await });
-        let call = call.with_files_of(user);
+        let call = async move { call(&program, &entry, environment, &theirs, &budget).await };
+        let call = ticker.driver(cpu, user).drive(call);
         let outcome = tokio::select! {
             biased;
             number = killed(signals.clone()) => Outcome::Killed(number),

@@ -28,8 +28,9 @@ use super::store::{Environment, MAX_RANDOM, MAX_RESOURCES};
 use crate::stdio::{Lines, Output};
 
 /// What all requests of a container share.
+#[derive(Clone)]
 pub struct Host {
-    pub environment: Environment,
+    pub environment: Arc<Environment>,
     pub stdout: Arc<Output>,
     pub stderr: Arc<Output>,
     /// Each line of output starts with its request's id.
@@ -37,6 +38,13 @@ pub struct Host {
     pub budget: Arc<Budget>,
     pub cpu: Arc<CpuTime>,
     pub hooks: Hooks,
+}
+
+impl Host {
+    /// The same for one connection: its requests count their references to this one, which no other core does.
+    pub(super) fn of_connection(&self) -> Arc<Self> {
+        Arc::new(Self { hooks: self.hooks.apart(), ..self.clone() })
+    }
 }
 
 /// The data of a request's store.
@@ -174,7 +182,7 @@ pub(super) fn is_spinning() -> bool {
 }
 
 fn context(host: &Host, request: Option<u64>, with_files: bool) -> WasiCtx {
-    let Environment { args, env, cwd, root, readonly, sockets, user: _ } = &host.environment;
+    let Environment { args, env, cwd, root, readonly, sockets, user: _ } = &*host.environment;
     let mut builder = WasiCtxBuilder::new();
     builder.args(args).envs(env).initial_cwd(cwd).max_random_size(MAX_RANDOM);
     if let Some(request) = request {

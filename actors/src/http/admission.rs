@@ -32,24 +32,28 @@ pub struct Admission {
     used: AtomicUsize,
 }
 
-/// A slot taken; given back when dropped.
-#[derive(Debug)]
-pub struct Permit(Arc<Admission>);
-
 impl Admission {
     /// `limit` requests at once at most.
-    pub fn new(slots: Arc<Slots>, limit: usize) -> Arc<Self> {
-        Arc::new(Self { slots, limit, used: AtomicUsize::new(0) })
+    pub fn new(slots: Arc<Slots>, limit: usize) -> Self {
+        Self { slots, limit, used: AtomicUsize::new(0) }
     }
 
-    /// A slot, if this container may have one now.
-    pub fn admit(self: &Arc<Self>) -> Option<Permit> {
+    /// Takes a slot, if this container may have one now; to be given back by [`leave`](Self::leave).
+    pub fn enter(&self) -> bool {
         let mine = self.used.fetch_add(1, Ordering::Relaxed);
         let all = self.slots.used.fetch_add(1, Ordering::Relaxed);
-        // From here on the counters are right whatever is decided.
-        let permit = Permit(Arc::clone(self));
         let free = self.slots.total.saturating_sub(all);
-        (mine < self.limit && mine < free).then_some(permit)
+        let may = mine < self.limit && mine < free;
+        if !may {
+            self.leave();
+        }
+        may
+    }
+
+    /// Gives a slot back.
+    pub fn leave(&self) {
+        self.used.fetch_sub(1, Ordering::Relaxed);
+        self.slots.used.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Requests that run now.
@@ -63,13 +67,6 @@ impl Admission {
     }
 }
 
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::Relaxed);
-        self.0.slots.used.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,39 +75,37 @@ mod tests {
         Arc::new(Slots { total, used: AtomicUsize::new(0) })
     }
 
-    fn take_all(admission: &Arc<Admission>) -> Vec<Permit> {
-        std::iter::from_fn(|| admission.admit()).collect()
+    fn take_all(admission: &Admission) -> usize {
+        std::iter::repeat_with(|| admission.enter()).take_while(|entered| *entered).count()
     }
 
     #[test]
     fn a_greedy_container_leaves_room_for_others() {
         let slots = slots(100);
         let (one, two) = (Admission::new(slots.clone(), 1000), Admission::new(slots.clone(), 1000));
-        let held = take_all(&one);
-        assert_eq!(held.len(), 50);
-        let more = take_all(&two);
-        assert_eq!(more.len(), 25);
-        drop(held);
+        assert_eq!((take_all(&one), take_all(&two)), (50, 25));
+        (0..50).for_each(|_| one.leave());
         assert_eq!(one.running(), 0);
-        assert_eq!(take_all(&two).len(), 25);
-        drop(more);
+        assert_eq!(take_all(&two), 25);
+        (0..50).for_each(|_| two.leave());
         assert_eq!(slots.used.load(Ordering::Relaxed), 0);
     }
 
     #[test]
     fn whoever_holds_nothing_is_let_in_while_there_is_a_slot() {
         let slots = slots(100);
-        let greedy: Vec<_> = (0..5).map(|_| Admission::new(slots.clone(), 1000)).collect();
-        let held: Vec<_> = greedy.iter().map(take_all).collect();
+        for _ in 0..5 {
+            take_all(&Admission::new(slots.clone(), 1000));
+        }
         assert!(slots.used.load(Ordering::Relaxed) < 100);
-        assert!(Admission::new(slots, 1).admit().is_some());
-        drop(held);
+        assert!(Admission::new(slots, 1).enter());
     }
 
     #[test]
     fn a_limit_is_kept() {
         let admission = Admission::new(slots(100), 3);
-        assert_eq!(take_all(&admission).len(), 3);
-        assert!(admission.admit().is_some());
+        assert_eq!(take_all(&admission), 3);
+        admission.leave();
+        assert!(admission.enter());
     }
 }

@@ -40,7 +40,7 @@ pub async fn serve(server: Arc<Server>, stream: TcpStream, peer: SocketAddr) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%peer, %error, "TCP_NODELAY");
     }
-    let progress = Progress::new(peer);
+    let progress = Progress::new(Arc::clone(&server), peer);
     let speaks_h2 = tokio::select! {
         speaks = speaks_http2(&stream) => speaks,
         () = tokio::time::sleep(server.settings().header_timeout) => return,
@@ -48,8 +48,8 @@ pub async fn serve(server: Arc<Server>, stream: TcpStream, peer: SocketAddr) {
     };
     let io = Io::new(stream, Arc::clone(&progress));
     let result = match speaks_h2 {
-        Ok(true) => serve_http2(&server, io, &progress).await,
-        Ok(false) => serve_http1(&server, io, &progress).await,
+        Ok(true) => serve_http2(io, &progress).await,
+        Ok(false) => serve_http1(io, &progress).await,
         Err(error) => return tracing::debug!(%peer, %error, "a connection failed before its first request"),
     };
     if let Err(error) = result {
@@ -84,8 +84,8 @@ fn look(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
-async fn serve_http1(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
-    let settings = server.settings();
+async fn serve_http1(io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
+    let settings = progress.server().settings();
     let mut builder = http1::Builder::new();
     // Not pipeline_flush: with it hyper buffers a response without bound, however slow its reader is.
     // The buffer's size alone lets a head pass that is larger but came at once.
@@ -93,17 +93,16 @@ async fn serve_http1(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> 
     if settings.max_headers != DEFAULT_MAX_HEADERS {
         builder.max_headers(settings.max_headers);
     }
-    let service =
-        service_fn(|request: hyper::Request<Incoming>| respond(Arc::clone(server), Arc::clone(progress), request));
+    let service = service_fn(|request: hyper::Request<Incoming>| respond(Arc::clone(progress), request));
     let mut connection = pin!(builder.serve_connection(io, service));
-    drive(server, progress, connection.as_mut(), |connection| connection.graceful_shutdown()).await
+    drive(progress, connection.as_mut(), |connection| connection.graceful_shutdown()).await
 }
 
 /// hyper has room for so many on its stack; another number, even a smaller one, costs every request an allocation.
 const DEFAULT_MAX_HEADERS: usize = 100;
 
-async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
-    let settings = server.settings();
+async fn serve_http2(io: Io, progress: &Arc<Progress>) -> Result<(), hyper::Error> {
+    let (server, settings) = (progress.server(), progress.server().settings());
     let mut builder = http2::Builder::new(Streams { tasks: server.tasks().clone(), patience: settings.idle_timeout });
     builder
         .timer(TokioTimer::new())
@@ -113,13 +112,13 @@ async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> 
         .keep_alive_interval(Some(settings.idle_timeout.saturating_mul(2)))
         .keep_alive_timeout(settings.idle_timeout);
     let service = {
-        let (server, progress) = (Arc::clone(server), Arc::clone(progress));
-        service_fn(move |request| respond(Arc::clone(&server), Arc::clone(&progress), request))
+        let progress = Arc::clone(progress);
+        service_fn(move |request| respond(Arc::clone(&progress), request))
     };
     let mut connection = pin!(builder.serve_connection(io, service));
     // HTTP/2 can say goodbye without losing what is on its way (GOAWAY), so it does so at once.
     progress.says_goodbye_itself();
-    drive(server, progress, connection.as_mut(), |connection| connection.graceful_shutdown()).await
+    drive(progress, connection.as_mut(), |connection| connection.graceful_shutdown()).await
 }
 
 /// Polls a connection until it ends, runs out of patience, or is told to.
@@ -127,14 +126,14 @@ async fn serve_http2(server: &Arc<Server>, io: Io, progress: &Arc<Progress>) -> 
 /// By hand, because this is on the way of every request: besides the connection itself, a poll looks at two numbers and at
 /// the state of a timer. The bell wakes the task when the number changes.
 async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
-    server: &Server,
     progress: &Progress,
     mut connection: Pin<&mut C>,
     say_goodbye: impl Fn(Pin<&mut C>),
 ) -> Result<(), hyper::Error> {
+    let server = progress.server();
     let _heard = server.bell().listen(poll_fn(|cx| Poll::Ready(cx.waker().clone())).await);
     let (mut told, mut registered) = (false, false);
-    let mut timer = pin!(tokio::time::sleep_until(progress.look(server, told)));
+    let mut timer = pin!(tokio::time::sleep_until(progress.look(told)));
     let mut next = |connection: &mut Pin<&mut C>, cx: &mut Context<'_>| {
         loop {
             if let Poll::Ready(result) = connection.as_mut().poll(cx) {
@@ -148,15 +147,15 @@ async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
                     if progress.may_close_at_once() {
                         say_goodbye(connection.as_mut());
                     }
-                    timer.as_mut().reset(progress.look(server, told));
+                    timer.as_mut().reset(progress.look(told));
                     registered = false;
                     continue;
                 }
                 Phase::Cut => return Poll::Ready(Next::Ended(Ok(()))),
             }
             // A head that has begun has less time than the rest before it had.
-            if progress.has_begun_a_head() && progress.look(server, told) < timer.deadline() {
-                timer.as_mut().reset(progress.look(server, told));
+            if progress.has_begun_a_head() && progress.look(told) < timer.deadline() {
+                timer.as_mut().reset(progress.look(told));
                 registered = false;
             }
             // Once registered, a timer that has not fired need not be asked.
@@ -165,8 +164,8 @@ async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
             }
             registered = true;
             ready!(timer.as_mut().poll(cx));
-            let expired = progress.expired(server, told);
-            timer.as_mut().reset(progress.next_look(server, told));
+            let expired = progress.expired(told);
+            timer.as_mut().reset(progress.next_look(told));
             registered = false;
             match expired {
                 Expired::No => {}

@@ -55,7 +55,7 @@ impl Plan {
             Err(error) => return Outcome::HostFailed(format!("attach the standard streams: {error}")),
         };
         let host = Host {
-            environment: self.environment,
+            environment: Arc::new(self.environment),
             stdout: Arc::clone(&streams.stdout),
             stderr: Arc::clone(&streams.stderr),
             log_request_id: self.settings.log_request_id,

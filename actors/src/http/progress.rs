@@ -12,19 +12,26 @@ use std::time::Duration;
 
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
+use rustix::time::{ClockId, clock_gettime};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::server::Server;
+use crate::guest::Entrance;
 
 /// In a drain an idle connection stays this long: a request may be on its way to it, and closing at once would lose it.
 pub const FAREWELL: Duration = Duration::from_millis(100);
 
 /// What a connection is doing, noted by its reads, writes and requests. All times in milliseconds since it was accepted.
-#[derive(Debug)]
+///
+/// Requests reach their server through it: the references they count are this connection's, on its own core.
 pub struct Progress {
+    server: Arc<Server>,
+    entrance: Arc<Entrance>,
     peer: SocketAddr,
     accepted: Instant,
+    /// The same by the coarse clock.
+    began: Duration,
     /// The last byte read or written.
     last: AtomicU64,
     /// The first byte of a head that is not complete; zero is none.
@@ -45,10 +52,13 @@ pub enum Expired {
 
 impl Progress {
     /// A connection that was accepted just now.
-    pub fn new(peer: SocketAddr) -> Arc<Self> {
+    pub fn new(server: Arc<Server>, peer: SocketAddr) -> Arc<Self> {
         Arc::new(Self {
+            entrance: server.entrance(),
+            server,
             peer,
             accepted: Instant::now(),
+            began: coarse(),
             last: AtomicU64::new(0),
             head: AtomicU64::new(0),
             requests: AtomicU32::new(0),
@@ -56,6 +66,21 @@ impl Progress {
             blocked: AtomicBool::new(false),
             goodbye: AtomicBool::new(false),
         })
+    }
+
+    /// Whose connection it is.
+    pub fn server(&self) -> &Arc<Server> {
+        &self.server
+    }
+
+    /// The way to the server's guests.
+    pub fn entrance(&self) -> &Arc<Entrance> {
+        &self.entrance
+    }
+
+    /// A place for a request, if it may run now.
+    pub fn admit(self: &Arc<Self>) -> Option<Permit> {
+        self.server.admission().enter().then(|| Permit(Arc::clone(self)))
     }
 
     /// Who is at the other end.
@@ -97,7 +122,7 @@ impl Progress {
     }
 
     fn now(&self) -> u64 {
-        u64::try_from(self.accepted.elapsed().as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(coarse().saturating_sub(self.began).as_millis()).unwrap_or(u64::MAX)
     }
 
     fn read(&self) {
@@ -118,13 +143,13 @@ impl Progress {
     }
 
     /// When the timer has to look, at first and whenever the phase changes: what begins meanwhile may have less time.
-    pub fn look(&self, server: &Server, told: bool) -> Instant {
-        self.deadline(server, told).min(Instant::now() + server.settings().idle_timeout)
+    pub fn look(&self, told: bool) -> Instant {
+        self.deadline(told).min(Instant::now() + self.server.settings().idle_timeout)
     }
 
     /// How long what the connection is doing may take.
-    fn deadline(&self, server: &Server, told: bool) -> Instant {
-        let settings = server.settings();
+    fn deadline(&self, told: bool) -> Instant {
+        let settings = self.server.settings();
         let (since, patience) = if self.blocked.load(Ordering::Relaxed) {
             (self.last.load(Ordering::Relaxed), settings.idle_timeout)
         } else if self.requests.load(Ordering::Relaxed) > 0 {
@@ -143,13 +168,13 @@ impl Progress {
     }
 
     /// The same, but not at once again: what has expired is being dealt with.
-    pub fn next_look(&self, server: &Server, told: bool) -> Instant {
-        self.look(server, told).max(Instant::now() + FAREWELL)
+    pub fn next_look(&self, told: bool) -> Instant {
+        self.look(told).max(Instant::now() + FAREWELL)
     }
 
     /// What is due now.
-    pub fn expired(&self, server: &Server, told: bool) -> Expired {
-        if Instant::now() < self.deadline(server, told) {
+    pub fn expired(&self, told: bool) -> Expired {
+        if Instant::now() < self.deadline(told) {
             return Expired::No;
         }
         if self.blocked.load(Ordering::Relaxed) {
@@ -166,6 +191,21 @@ impl Progress {
             (false, false) => Expired::Dead("no request came"),
             (false, true) => Expired::Dead("idle"),
         }
+    }
+}
+
+/// Some milliseconds late at worst, which no timeout here minds; asked three times for each request.
+fn coarse() -> Duration {
+    let time = clock_gettime(ClockId::MonotonicCoarse);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// A request's place among those that may run at once; given back when dropped.
+pub struct Permit(Arc<Progress>);
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.server.admission().leave();
     }
 }
 

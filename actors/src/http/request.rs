@@ -22,9 +22,8 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::admission::Permit;
 use super::body::{Answer, ClientBody, Leash, Verdict};
-use super::progress::Progress;
+use super::progress::{Permit, Progress};
 use super::server::Server;
 use super::settings::HttpSettings;
 use super::streams::waits_for_guest;
@@ -32,18 +31,15 @@ use super::visit::Visit;
 use crate::guest::{Begun, Exchange, Failure, Flight, Step};
 
 /// Answers a request, whatever happens.
-pub async fn respond(
-    server: Arc<Server>,
-    progress: Arc<Progress>,
-    request: Request<Incoming>,
-) -> Result<Response<Answer>, Infallible> {
-    let visit = Visit::begin(&server, &progress, &request);
+pub async fn respond(progress: Arc<Progress>, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
+    let server = progress.server();
+    let visit = Visit::begin(&progress, &request);
     let is_http1 = request.version() < Version::HTTP_2;
     let mut response = match examine(&request, server.settings()) {
         Err((status, text)) => refuse(status, text, visit),
-        Ok(()) => match server.admission().admit() {
-            Some(permit) => serve(&server, request, permit, visit).await,
-            None => overloaded(&server, visit),
+        Ok(()) => match progress.admit() {
+            Some(permit) => serve(&progress, request, permit, visit).await,
+            None => overloaded(server, visit),
         },
     };
     // The last one on its connection: the client is told, so that it sends no other.
@@ -80,24 +76,25 @@ fn examine<B: Body>(request: &Request<B>, settings: &HttpSettings) -> Result<(),
     }
 }
 
-async fn serve(server: &Arc<Server>, request: Request<Incoming>, permit: Permit, visit: Visit) -> Response<Answer> {
-    let settings = server.settings();
+async fn serve(progress: &Progress, request: Request<Incoming>, permit: Permit, visit: Visit) -> Response<Answer> {
+    let (server, settings) = (progress.server(), progress.server().settings());
     let deadline = settings.request_timeout.map(|timeout| Instant::from_std(visit.begun() + timeout));
     let (head, body) = request.into_parts();
     let (body, verdict) = ClientBody::new(body, settings.max_body, settings.idle_timeout);
-    let Begun { mut flight, life } = server.begin(visit.number(), Request::from_parts(head, body));
+    let Begun { mut flight, life } = progress.entrance().begin(visit.number(), Request::from_parts(head, body));
     if let Some(life) = life {
         launch(server, life, Terms { deadline: None, leash: server.leash(), permit: None, spare: 0 }, None);
     }
-    let exchange = Arc::clone(flight.exchange());
     let step = poll_fn(|cx| Poll::Ready(flight.step(cx))).await;
     if let Step::Landed = step {
-        drop(flight);
+        let exchange = flight.land();
         exchange.keep(permit, visit.spare());
+        let response = answer(server, &exchange, Leash::default(), verdict.as_deref(), visit).await;
         // First all guests that are ready on this worker, then all answers: the code of each stays in the caches.
         tokio::task::yield_now().await;
-        return answer(server, &exchange, Leash::default(), verdict.as_deref(), visit).await;
+        return response;
     }
+    let exchange = Arc::clone(flight.exchange());
     let leash = server.leash();
     let runtime = match step {
         Step::Spinning => server.background(),
@@ -189,6 +186,7 @@ async fn answer(
     match exchange.take_whole() {
         Some((frames, place)) => {
             visit.hold(place);
+            visit.forget_target();
             let mut response = with_head(head, Answer::whole(frames, visit));
             name_trailers(&mut response);
             response

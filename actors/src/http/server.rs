@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crossbeam_utils::CachePadded;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -25,12 +26,12 @@ use tokio_util::task::TaskTracker;
 
 use super::admission::{Admission, Slots};
 use super::bell::{Bell, Phase};
-use super::body::ClientBody;
 use super::connection;
 use super::progress::FAREWELL;
 use super::settings::HttpSettings;
 use super::workers::Workers;
-use crate::guest::{Begun, Failure, Outcome, Serving, Stage};
+use crate::guest::{Entrance, Failure, Outcome, Serving, Stage};
+use crate::sharded::Counter;
 use crate::signals::Signals;
 use crate::stdio::{Streams, watched};
 
@@ -46,7 +47,7 @@ pub struct Server {
     settings: HttpSettings,
     serving: Arc<Serving>,
     workers: Arc<Workers>,
-    admission: Arc<Admission>,
+    admission: Admission,
     stage: Arc<Stage>,
     streams: Streams,
     /// Connections, and guests that outlive their first turn.
@@ -57,8 +58,9 @@ pub struct Server {
     drain: CancellationToken,
     /// For everything else: it is over.
     cut: CancellationToken,
-    numbers: AtomicU64,
-    finished: AtomicU64,
+    /// On a line of its own: every request changes it.
+    numbers: CachePadded<AtomicU64>,
+    finished: Counter,
     broken: AtomicU64,
     /// Requests were refused since the last line about it.
     crowded: AtomicBool,
@@ -92,8 +94,8 @@ impl Server {
             bell: Bell::default(),
             drain: CancellationToken::new(),
             cut: CancellationToken::new(),
-            numbers: AtomicU64::new(1),
-            finished: AtomicU64::new(0),
+            numbers: CachePadded::new(AtomicU64::new(1)),
+            finished: Counter::default(),
             broken: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
         })
@@ -191,7 +193,7 @@ impl Server {
         signals: &mut watch::Receiver<Signals>,
     ) -> Outcome {
         let begun = Instant::now();
-        let (finished, broken) = (self.finished.load(Ordering::Relaxed), self.broken.load(Ordering::Relaxed));
+        let (finished, broken) = (self.finished.total(), self.broken.load(Ordering::Relaxed));
         tracing::info!(container = %self.name, signal, requests = self.admission.running(), "draining");
         self.close(listener);
         self.serving.close();
@@ -210,7 +212,7 @@ impl Server {
         };
         tracing::info!(
             container = %self.name,
-            finished = self.finished.load(Ordering::Relaxed) - finished,
+            finished = self.finished.total() - finished,
             cut = self.broken.load(Ordering::Relaxed) - broken,
             elapsed_ms = begun.elapsed().as_millis() as u64,
             code = outcome.code(),
@@ -249,7 +251,7 @@ impl Server {
         &self.settings
     }
 
-    pub fn admission(&self) -> &Arc<Admission> {
+    pub fn admission(&self) -> &Admission {
         &self.admission
     }
 
@@ -267,9 +269,9 @@ impl Server {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// The visit of a request.
-    pub fn begin(&self, number: u64, request: http::Request<ClientBody>) -> Begun {
-        self.serving.begin(&self.stage.ticker, number, request)
+    /// The way of a connection's requests to their guests.
+    pub fn entrance(&self) -> Arc<Entrance> {
+        self.serving.entrance(&self.stage.ticker)
     }
 
     /// Stops one guest; the end of the drain stops all.
@@ -294,8 +296,11 @@ impl Server {
 
     /// A request is over.
     pub fn ended(&self, complete: bool) {
-        let counter = if complete { &self.finished } else { &self.broken };
-        counter.fetch_add(1, Ordering::Relaxed);
+        if complete {
+            self.finished.add(1);
+        } else {
+            self.broken.fetch_add(1, Ordering::Relaxed);
+        }
         if self.crowded.load(Ordering::Relaxed) && self.admission.running() == 0 {
             self.crowded.store(false, Ordering::Relaxed);
         }

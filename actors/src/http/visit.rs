@@ -10,7 +10,6 @@ use http::{Method, Request, StatusCode, Uri, Version};
 use serde_json::json;
 
 use super::progress::Progress;
-use super::server::Server;
 use crate::guest::{Failure, Place};
 
 /// Bytes of an answer that may wait outside of the limit of requests.
@@ -18,7 +17,6 @@ const LITTLE: usize = 64 << 10;
 
 /// A request under way. Dropped before it is complete, it counts as cut.
 pub struct Visit {
-    server: Arc<Server>,
     connection: Arc<Progress>,
     number: u64,
     begun: Instant,
@@ -51,8 +49,9 @@ struct Line {
 
 impl Visit {
     /// Begins with the head of a request.
-    pub fn begin<B>(server: &Arc<Server>, connection: &Arc<Progress>, request: &Request<B>) -> Self {
+    pub fn begin<B>(connection: &Arc<Progress>, request: &Request<B>) -> Self {
         connection.begun();
+        let server = connection.server();
         Self {
             number: server.next_number(),
             begun: Instant::now(),
@@ -64,7 +63,6 @@ impl Visit {
             is_http2: request.version() == Version::HTTP_2,
             end: End::Open,
             line: server.settings().access_log.then(|| Box::new(Line::of(request, connection))),
-            server: Arc::clone(server),
             connection: Arc::clone(connection),
         }
     }
@@ -77,6 +75,12 @@ impl Visit {
     /// What it asks for, without the query: that may hold secrets.
     pub fn target(&self) -> &str {
         self.uri.path()
+    }
+
+    /// Nothing can happen any more that would be told with its target. Where that is lies the head, in a buffer that the
+    /// connection can use again from here on.
+    pub fn forget_target(&mut self) {
+        self.uri = Uri::default();
     }
 
     /// When its head had come.
@@ -123,17 +127,18 @@ impl Visit {
 
     /// The body broke off, and the client will see it.
     pub fn failed(&mut self, failure: &Failure) {
-        self.server.report(self.number, self.uri.path(), failure);
+        self.connection.server().report(self.number, self.uri.path(), failure);
     }
 }
 
 impl Drop for Visit {
     fn drop(&mut self) {
         let complete = self.end == End::Complete;
+        let server = self.connection.server();
         self.connection.ended();
-        self.server.ended(complete);
-        if let Some(line) = self.line.take() {
-            self.server.log(&line.text(self, complete));
+        server.ended(complete);
+        if let Some(line) = &self.line {
+            server.log(&line.text(self, complete));
         }
     }
 }

@@ -18,6 +18,8 @@ use std::thread::JoinHandle;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
 
+use crate::sharded::number_this_thread;
+
 /// The threads of all servers.
 #[derive(Debug)]
 pub struct Workers {
@@ -86,6 +88,7 @@ impl Worker {
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name(format!("http-{number}")).spawn(move || {
+            number_this_thread(number);
             // An error means that the owner is gone, which is what is waited for.
             drop(runtime.block_on(stopped));
             runtime.shutdown_background();
