@@ -196,8 +196,7 @@ impl Progress {
 
 /// Some milliseconds late at worst, which no timeout here minds; asked three times for each request.
 fn coarse() -> Duration {
-    let time = clock_gettime(ClockId::MonotonicCoarse);
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+    clock_gettime(ClockId::MonotonicCoarse).try_into().unwrap_or_default()
 }
 
 /// A request's place among those that may run at once; given back when dropped.
