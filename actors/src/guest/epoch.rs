@@ -227,3 +227,61 @@ impl<T> Future for Driven<T> {
 fn thread_cpu_time() -> Duration {
     clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::task::Waker;
+
+    use super::*;
+
+    /// Ready when it is so; blocks, as a guest that computes.
+    fn once(so: impl Fn() -> bool + Send + 'static) -> impl Future<Output = ()> + Send + 'static {
+        poll_fn(move |_| {
+            await_that(&so);
+            Poll::Ready(())
+        })
+    }
+
+    fn await_that(so: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !so() {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+    }
+
+    fn poll(guest: &mut Driven<()>) -> Poll<()> {
+        Pin::new(guest).poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    #[test]
+    fn it_rests_without_guests_and_wakes_for_one() {
+        let ticker = Ticker::start(Engines::new()).unwrap();
+        let driver = ticker.driver(Arc::default(), None);
+        for _ in 0..20 {
+            let shared = Arc::clone(&ticker.shared);
+            await_that(|| shared.resting.load(Ordering::SeqCst));
+            let mut guest = driver.drive_next(once(move || !shared.resting.load(Ordering::SeqCst)));
+            assert!(poll(&mut guest).is_ready());
+            assert_eq!(ticker.shared.running.total(), 0);
+        }
+    }
+
+    #[test]
+    fn a_future_that_has_ended_leaves_its_memory_to_the_next() {
+        let ticker = Ticker::start(Engines::new()).unwrap();
+        let driver = ticker.driver(Arc::default(), None);
+        let ran = Arc::new(());
+        for round in 0..3 {
+            assert_eq!(driver.spare().is_some(), round > 0);
+            let held = Arc::clone(&ran);
+            let mut guest = driver.drive_next(async move { drop(held) });
+            assert!(driver.spare().is_none());
+            assert!(poll(&mut guest).is_ready());
+            guest.retire();
+            // Nothing of the guest is kept with it.
+            assert_eq!(Arc::strong_count(&ran), 1);
+        }
+    }
+}
