@@ -50,7 +50,7 @@ impl Default for Settings {
         Self {
             cache_dir: "/var/cache/troupe".into(),
             cache_max_size: 4 << 30,
-            compile_timeout: Duration::from_secs(60),
+            compile_timeout: Duration::from_secs(300),
             compile_memory: 2 << 30,
             max_module_size: 256 << 20,
             idle_timeout: Duration::from_secs(5),

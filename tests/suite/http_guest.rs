@@ -239,7 +239,7 @@ fn toolchains(containerd: &Containerd) -> Outcome {
     let tar = image::pack("toolchains", &[&modules[0], &modules[1]], &["--workdir=/"])?;
     client.import("test.local/toolchains:latest", &tar)?;
     for guest in ["/js.wasm", "/py.wasm"] {
-        let run = client.image("test.local/toolchains:latest", &[guest]).within(Duration::from_secs(180));
+        let run = client.image("test.local/toolchains:latest", &[guest]).within(Duration::from_secs(400));
         let site = Site::start(run)?;
         http::block_on(async {
             for protocol in BOTH {
