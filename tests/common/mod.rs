@@ -6,7 +6,7 @@
 //!       ├─ cri (a kubelet: pods, in the network of a node)
 //!       ├─ api (containerd's own, for what `ctr` cannot make)
 //!       └─ shim (the bare binary: bundles, ttrpc, recorded events)
-//!                          both ── job (a child process, its output), wait (deadlines), proc (what /proc says)
+//!                          both ── job (a child process, its output), wait (deadlines), proc (what /proc says), machine (whether it was there)
 //! ```
 //! Invariant: everything awaited has a deadline and a name that the failure shows; everything started is ended, by this
 //! process or, should it be killed, by its guard.
@@ -22,6 +22,7 @@ pub mod guests;
 pub mod http;
 pub mod image;
 pub mod job;
+pub mod machine;
 pub mod native;
 pub mod node;
 pub mod proc;

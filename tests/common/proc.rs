@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -123,6 +124,13 @@ pub fn cpu_ticks(pid: u32) -> Result<u64> {
     // The name in brackets may hold blanks; what follows it may not. utime and stime are fields 14 and 15.
     let fields: Vec<&str> = stat.rsplit_once(") ").context("stat without a name")?.1.split(' ').collect();
     Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+}
+
+/// How long since boot a core was another machine's while this one wanted it (`proc_stat(5)`, `steal`).
+pub fn stolen() -> Result<Duration> {
+    let stat = read("/proc/stat")?;
+    let ticks = stat.lines().next().and_then(|cores| cores.split_whitespace().nth(8)).context("stat without steal")?;
+    Ok(Duration::from_millis(10 * ticks.parse::<u64>()?))
 }
 
 /// Paths of the Unix sockets a process has bound.
