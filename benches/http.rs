@@ -34,11 +34,13 @@ use hyper_util::rt::TokioIo;
 use common::containerd::Containerd;
 use common::ctr::{Client, Container};
 use common::{job, proc, wait};
-use report::{Host, at_least, at_most, median};
+use report::{Host, at_least, at_most, median, samples, spread};
 
 const CONNECTIONS: &str = "32";
 const SECONDS: &str = "3";
 const ROUNDS: usize = 5;
+/// Of pairs that are short, so that there are enough which nobody disturbs.
+const PAIRS: usize = 15;
 const IDLE_CONTAINERS: usize = 500;
 const LAUNCHERS: usize = 4;
 const SOON: Duration = Duration::from_secs(20);
@@ -61,21 +63,27 @@ fn main() -> ExitCode {
 fn throughput(host: &Host) -> Result<bool> {
     let client = host.containerd()?.namespace("throughput");
     let plain = Plain::start()?;
-    let hello = Served::start(&client, "/hello-http.wasm", &[])?;
-    let web = Served::start(&client, "/web.wasm", &[])?;
-    let reused = Served::start(&client, "/web.wasm", &["WASMTIME_HTTP_PROXY_INSTANCE_REUSE=1000"])?;
-    let (mut of_hello, mut of_web, mut of_reused, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        let alone = wrk(plain.addr, "/")?.rate;
-        rates.push(alone);
-        of_hello.push(wrk(hello.addr, "/")?.rate / alone);
-        of_web.push(wrk(web.addr, "/hello")?.rate / alone);
-        of_reused.push(wrk(reused.addr, "/hello")?.rate / alone);
+    let (mut rates, mut kept) = (Vec::new(), true);
+    for (what, file, path, settings, promise) in [
+        ("hello, a fresh instance for each request", "/hello-http.wasm", "/", &[][..], 0.35),
+        ("web (its heap grows), a fresh instance for each request", "/web.wasm", "/hello", &[], 0.25),
+        (
+            "web, an instance for 1000 requests",
+            "/web.wasm",
+            "/hello",
+            &["WASMTIME_HTTP_PROXY_INSTANCE_REUSE=1000"],
+            0.60,
+        ),
+    ] {
+        let served = Served::start(&client, file, settings)?;
+        let short = |addr, path| Ok::<_, anyhow::Error>(wrk_for(addr, path, "1")?.rate);
+        let pairs = samples(PAIRS, || Ok((short(served.addr, path)?, short(plain.addr, "/")?)))?;
+        rates.extend(pairs.iter().map(|(_, plain)| *plain));
+        let ratios: Vec<f64> = pairs.into_iter().map(|(ours, plain)| ours / plain).collect();
+        println!("{}", spread(&ratios));
+        kept &= at_least(what, median(ratios), "x", promise);
     }
     println!("a plain hyper server: {:.0} requests a second", median(rates));
-    let mut kept = at_least("hello, a fresh instance for each request", median(of_hello), "x", 0.35);
-    kept &= at_least("web (its heap grows), a fresh instance for each request", median(of_web), "x", 0.25);
-    kept &= at_least("web, an instance for 1000 requests", median(of_reused), "x", 0.60);
     Ok(kept)
 }
 
@@ -84,25 +92,23 @@ fn throughput(host: &Host) -> Result<bool> {
 fn latency(host: &Host) -> Result<bool> {
     let client = host.containerd()?.namespace("latency");
     let plain = Plain::start()?;
-    let plain_half = paced::maximum(plain.addr, "/")? / 2.0;
+    let plain_half = median(samples(ROUNDS, || paced::maximum(plain.addr, "/"))?) / 2.0;
     let mut kept = true;
     for (name, file, path) in [("hello", "/hello-http.wasm", "/"), ("web", "/web.wasm", "/hello")] {
         let served = Served::start(&client, file, &[])?;
-        let half = paced::maximum(served.addr, path)? / 2.0;
-        let (mut ratios, mut ours, mut theirs, mut idler) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..ROUNDS {
-            let pair = (paced::p99(served.addr, path, half)?, paced::p99(plain.addr, "/", plain_half)?);
-            idler.push(paced::p99(plain.addr, "/", half)?);
-            ours.push(pair.0);
-            theirs.push(pair.1);
-            ratios.push(pair.0 / pair.1);
-        }
+        let half = median(samples(ROUNDS, || paced::maximum(served.addr, path))?) / 2.0;
+        let pairs =
+            samples(PAIRS, || Ok((paced::p99(served.addr, path, half)?, paced::p99(plain.addr, "/", plain_half)?)))?;
+        let idler = samples(ROUNDS, || paced::p99(plain.addr, "/", half))?;
+        let (ours, theirs): (Vec<f64>, Vec<f64>) = pairs.iter().copied().unzip();
+        let ratios: Vec<f64> = pairs.iter().map(|(ours, theirs)| ours / theirs).collect();
         println!(
             "{name} at {half:.0} requests a second: p99 {:.3} ms; plain at {plain_half:.0}: {:.3} ms, at {half:.0}: {:.3} ms",
             median(ours),
             median(theirs),
             median(idler)
         );
+        println!("{}", spread(&ratios));
         kept &= at_most(&format!("{name}: p99 at half the maximum rate, beside plain"), median(ratios), "x", 3.0);
     }
     Ok(kept)
@@ -246,7 +252,11 @@ fn wrk_command(addr: SocketAddr, path: &str, connections: &str, seconds: &str) -
 }
 
 fn wrk(addr: SocketAddr, path: &str) -> Result<Load> {
-    let output = wrk_command(addr, path, CONNECTIONS, SECONDS).output().context("no wrk; install it (Debian: wrk)")?;
+    wrk_for(addr, path, SECONDS)
+}
+
+fn wrk_for(addr: SocketAddr, path: &str, seconds: &str) -> Result<Load> {
+    let output = wrk_command(addr, path, CONNECTIONS, seconds).output().context("no wrk; install it (Debian: wrk)")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     if text.contains("Non-2xx") || text.contains("Socket errors") {
         bail!("requests to {path} failed: {text}");

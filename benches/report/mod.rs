@@ -6,7 +6,8 @@
 //! cargo bench --bench http -- throughput         those whose names are given
 //! TROUPE_BENCH_CONTAINERD=1.6 cargo bench …      another containerd of the tests than the newest
 //! ```
-//! A promise that does not hold makes the run fail, after all sections.
+//! A promise that does not hold makes the run fail, after all sections. On a shared machine the hypervisor gives the cores to
+//! others now and then: what is short enough is taken in samples, of which those count in which it did not.
 
 use std::cell::OnceCell;
 use std::fs;
@@ -16,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::common::base;
 use crate::common::containerd::{Containerd, VERSIONS};
+use crate::common::machine::Stretch;
 use crate::common::node::Cgroups;
 
 /// A name, and what it measures; false when a promise does not hold.
@@ -102,10 +104,39 @@ fn line(what: &str, figure: f64, unit: &str, word: &str, promise: f64, kept: boo
     kept
 }
 
+/// Takes samples until so many are undisturbed; of ten times as many at most, those that were disturbed least.
+pub fn samples<T>(count: usize, mut take: impl FnMut() -> Result<T>) -> Result<Vec<T>> {
+    let (mut taken, mut undisturbed) = (Vec::new(), 0);
+    while undisturbed < count && taken.len() < 10 * count {
+        let stretch = Stretch::begin()?;
+        let figure = take()?;
+        let stolen = stretch.stolen()?;
+        undisturbed += usize::from(stolen.is_zero());
+        taken.push((stolen, figure));
+    }
+    let all = taken.len();
+    taken.sort_by_key(|(stolen, _)| *stolen);
+    taken.truncate(count);
+    if let Some((stolen, _)) = taken.last().filter(|(stolen, _)| !stolen.is_zero()) {
+        println!(
+            "disturbed: only {undisturbed} samples of {all} had the cores to themselves, and {stolen:?} is missing"
+        );
+    }
+    Ok(taken.into_iter().map(|(_, figure)| figure).collect())
+}
+
 /// The middle one.
 pub fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
     figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Half of the figures lie between the first two, all between the others.
+pub fn spread(figures: &[f64]) -> String {
+    let mut figures = figures.to_vec();
+    figures.sort_by(f64::total_cmp);
+    let at = |part: usize| figures.get((figures.len().saturating_sub(1)) * part / 4).copied().unwrap_or(f64::NAN);
+    format!("half of {} samples: {:.2} to {:.2}; all: {:.2} to {:.2}", figures.len(), at(1), at(3), at(0), at(4))
 }
 
 fn machine() -> String {
