@@ -261,13 +261,11 @@ fn wrk_for(addr: SocketAddr, path: &str, seconds: &str) -> Result<Load> {
     if text.contains("Non-2xx") || text.contains("Socket errors") {
         bail!("requests to {path} failed: {text}");
     }
-    let after = |word: &str| {
-        let (_, rest) = text.split_once(word)?;
-        rest.split_whitespace().next().map(str::to_owned)
-    };
+    // A word may also be part of another figure.
+    let after = |word: &str| text.lines().find_map(|line| line.trim_start().strip_prefix(word)).map(str::trim);
     let rate = after("Requests/sec:").and_then(|rate| rate.parse().ok());
-    let p99 = after("99%").and_then(|time| millis(&time));
-    Ok(Load { rate: rate.context(text.clone())?, p99: p99.context(text)? })
+    let p99 = after("99%").and_then(millis);
+    Ok(Load { rate: rate.with_context(|| text.clone())?, p99: p99.with_context(|| text.clone())? })
 }
 
 /// A time as wrk prints it.
