@@ -9,8 +9,8 @@
 //! | neighbour | a healthy container beside one whose requests spin until their timeout, in one process | p99 50 ms, 0.25 of alone |
 //! | density | what does a further idle container cost, and how fast do 500 start? | 100 KiB, 30 a second |
 //!
-//! One client (`wrk`, 32 keep-alive connections, one thread) for all, on the same cores as the servers, in turns. Needs root
-//! and wrk.
+//! One client (`wrk`, for latency that of `paced.rs`; 32 keep-alive connections, one thread) for all, on the same cores as the
+//! servers, in turns. Needs root and wrk.
 
 #[expect(dead_code, reason = "the tests use the rest of it")]
 #[path = "../tests/common/mod.rs"]
