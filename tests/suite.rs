@@ -6,8 +6,7 @@
 //! cases of the bare binary                         "bare::api::create_twice"
 //! ```
 //! One private containerd a version is shared by the cases and started by the first that needs it; what it leaves
-//! behind at the end fails the run. A case that fails while the hypervisor has given the machine to others proves nothing:
-//! it is shown, and run again. `cargo test --test suite -- 2.1::stdio` runs a part, as any test of cargo.
+//! behind at the end fails the run. `cargo test --test suite -- 2.1::stdio` runs a part, as any test of cargo.
 //! They need root, and what `make test` installs.
 
 mod common;
@@ -64,14 +63,12 @@ mod suite {
 
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use anyhow::{Result, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use common::cgroup;
 use common::containerd::{Containerd, VERSIONS};
-use common::machine::Stretch;
 use common::node::Cgroups;
 use common::{BareCases, Cases, Outcome, base};
 
@@ -210,8 +207,7 @@ fn trials([shared, nodes, unified]: &[[Arc<Shared>; VERSIONS.len()]; 3], can_swa
     }
     for (file, cases) in BARE {
         for (name, case) in *cases {
-            let full = format!("bare::{file}::{name}");
-            trials.push(Trial::test(full.clone(), move || undisturbed(&full, || case().map_err(failed))));
+            trials.push(Trial::test(format!("bare::{file}::{name}"), || case().map_err(failed)));
         }
     }
     trials
@@ -220,28 +216,8 @@ fn trials([shared, nodes, unified]: &[[Arc<Shared>; VERSIONS.len()]; 3], can_swa
 fn over(shared: &Arc<Shared>, file: &str, cases: Cases) -> impl Iterator<Item = Trial> {
     cases.iter().map(move |(name, case)| {
         let shared = Arc::clone(shared);
-        let full = format!("{}::{file}::{name}", shared.name());
-        Trial::test(full.clone(), move || undisturbed(&full, || shared.run(*case)))
+        Trial::test(format!("{}::{file}::{name}", shared.name()), move || shared.run(*case))
     })
-}
-
-/// So much of the cores' time may be missing from a case that fails.
-const DISTURBANCE: Duration = Duration::from_millis(100);
-const RUNS: usize = 5;
-
-/// Runs a case, and runs it again if it failed while the machine was not there.
-fn undisturbed(name: &str, case: impl Fn() -> Result<(), Failed>) -> Result<(), Failed> {
-    for run in 1..RUNS {
-        let stretch = Stretch::begin().map_err(failed)?;
-        let Err(error) = case() else { return Ok(()) };
-        let stolen = stretch.stolen().map_err(failed)?;
-        if stolen < DISTURBANCE {
-            return Err(error);
-        }
-        let why = error.message().unwrap_or_default();
-        eprintln!("{name}: run {run} of {RUNS} at most failed, and the hypervisor kept {stolen:?} of CPU time: {why}");
-    }
-    case()
 }
 
 fn failed(error: anyhow::Error) -> Failed {

@@ -6,7 +6,8 @@
 //!       ├─ cri (a kubelet: pods, in the network of a node)
 //!       ├─ api (containerd's own, for what `ctr` cannot make)
 //!       └─ shim (the bare binary: bundles, ttrpc, recorded events)
-//!                          both ── job (a child process, its output), wait (deadlines), proc (what /proc says), machine (whether it was there)
+//!                          both ── job (a child process, its output), wait (deadlines), proc (what /proc says),
+//!                                  machine (whether its cores were there)
 //! ```
 //! Invariant: everything awaited has a deadline and a name that the failure shows; everything started is ended, by this
 //! process or, should it be killed, by its guard.

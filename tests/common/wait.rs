@@ -21,11 +21,6 @@ pub fn until<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Op
     }
 }
 
-/// For figures that the machine can spoil: takes them again, twice at most. What is wrong stays wrong.
-pub fn unspoiled<T>(mut take: impl FnMut() -> Result<T>) -> Result<T> {
-    take().or_else(|_| take()).or_else(|_| take())
-}
-
 /// Looks until `holds` is true.
 pub fn until_true(what: &str, limit: Duration, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     until(what, limit, || Ok(holds()?.then_some(())))

@@ -10,6 +10,7 @@ use super::exits::KITS;
 use crate::common::api::Api;
 use crate::common::containerd::Containerd;
 use crate::common::ctr::Container;
+use crate::common::machine::undisturbed;
 use crate::common::usage::Usage;
 use crate::common::{Outcome, SOON, proc, wait};
 
@@ -36,13 +37,10 @@ pub fn rate(api: &Api<'_>, id: &str) -> Result<f64> {
     Ok(api.usage(id)?.cores_since(&before))
 }
 
-/// Within a tenth. What a guest does not use of a period is lost, so a machine too busy to run it in time gives it less.
-pub fn expect_rate(quota: f64, mut rate: impl FnMut() -> Result<f64>) -> Outcome {
-    wait::unspoiled(|| {
-        let rate = rate()?;
-        ensure!((quota * 0.9..quota * 1.1).contains(&rate), "{rate:.3} of a core, the quota is {quota}");
-        Ok(())
-    })
+/// Within a tenth.
+pub fn expect_rate(quota: f64, rate: f64) -> Outcome {
+    ensure!((quota * 0.9..quota * 1.1).contains(&rate), "{rate:.3} of a core, the quota is {quota}");
+    Ok(())
 }
 
 fn kill(container: Container<'_>) -> Outcome {
@@ -59,14 +57,16 @@ fn kept(containerd: &Containerd) -> Outcome {
     ] {
         let run = flags.iter().fold(api.client.guest(kit, &["spin"])?, |run, flag| run.flag(flag));
         let container = run.detached()?;
-        let (daemon, before) = (container.daemon()?, api.usage(&run.id)?);
-        let ticks = proc::cpu_ticks(daemon)?;
-        expect_rate(quota, || rate(&api, &run.id))?;
-        // The kernel's own account of the process, in hundredths of a second: it has little else to do.
-        let (after, ticks) = (api.usage(&run.id)?, proc::cpu_ticks(daemon)? - ticks);
-        let took = (after.at - before.at).as_secs_f64();
-        ensure!((ticks as f64 / 100.0) < took * (quota * 1.1 + 0.05), "the process took {ticks} ticks in {took} s");
-        expect_throttled(&after, &before)?;
+        let daemon = container.daemon()?;
+        undisturbed(|| {
+            let (before, ticks) = (api.usage(&run.id)?, proc::cpu_ticks(daemon)?);
+            expect_rate(quota, rate(&api, &run.id)?)?;
+            // The kernel's own account of the process, in hundredths of a second: it has little else to do.
+            let (after, ticks) = (api.usage(&run.id)?, proc::cpu_ticks(daemon)? - ticks);
+            let took = (after.at - before.at).as_secs_f64();
+            ensure!((ticks as f64 / 100.0) < took * (quota * 1.1 + 0.05), "the process took {ticks} ticks in {took} s");
+            expect_throttled(&after, &before)
+        })?;
         kill(container)?;
     }
     api.client.expect_empty()
@@ -86,7 +86,7 @@ fn changed(containerd: &Containerd) -> Outcome {
     let api = Api::connect(containerd, "limits")?;
     let run = api.client.guest("/kit.wasm", &["spin"])?.option("--cpus", "0.1");
     let container = run.detached()?;
-    expect_rate(0.1, || rate(&api, &run.id))?;
+    undisturbed(|| expect_rate(0.1, rate(&api, &run.id)?))?;
     for (resources, quota) in [
         (json!({ "cpu": { "quota": 30_000 } }), 0.3),
         (json!({ "cpu": { "quota": 10_000, "period": 50_000 } }), 0.2),
@@ -95,11 +95,11 @@ fn changed(containerd: &Containerd) -> Outcome {
         (json!({ "cpu": { "period": 100_000 } }), 0.1),
     ] {
         api.update(&run.id, &resources)?;
-        expect_rate(quota, || rate(&api, &run.id))?;
+        undisturbed(|| expect_rate(quota, rate(&api, &run.id)?))?;
     }
     let error = api.update(&run.id, &json!({ "cpu": { "quota": 5 } })).err().map(|error| format!("{error:#}"));
     ensure!(error.as_ref().is_some_and(|error| error.contains("linux.resources.cpu.quota: 5 µs")), "{error:?}");
-    expect_rate(0.1, || rate(&api, &run.id))?;
+    undisturbed(|| expect_rate(0.1, rate(&api, &run.id)?))?;
     // One that owes for a long time goes on as soon as it may.
     api.update(&run.id, &json!({ "cpu": { "quota": 1000, "period": 1_000_000 } }))?;
     wait::until_true("it to be throttled", SOON, || {
@@ -154,11 +154,14 @@ fn cpu_adds_up(containerd: &Containerd) -> Outcome {
         let run = api.client.guest(kit, &["spin"])?;
         let container = run.detached()?;
         let daemon = container.daemon()?;
-        let (ticks, before) = (proc::cpu_ticks(daemon)?, api.usage(&run.id)?);
-        thread::sleep(LONG);
-        let (after, ticks) = (api.usage(&run.id)?, proc::cpu_ticks(daemon)? - ticks);
-        let (own, process) = ((after.cpu - before.cpu).as_secs_f64(), ticks as f64 / 100.0);
-        ensure!((own - process).abs() < process * 0.05 + 0.03, "the guest took {own} s, its process {process} s");
+        undisturbed(|| {
+            let (ticks, before) = (proc::cpu_ticks(daemon)?, api.usage(&run.id)?);
+            thread::sleep(LONG);
+            let (after, ticks) = (api.usage(&run.id)?, proc::cpu_ticks(daemon)? - ticks);
+            let (own, process) = ((after.cpu - before.cpu).as_secs_f64(), ticks as f64 / 100.0);
+            ensure!((own - process).abs() < process * 0.05 + 0.03, "the guest took {own} s, its process {process} s");
+            Ok(())
+        })?;
         let text = container.metrics()?;
         ensure!(text.contains("cpu") && text.contains("memory"), "{text}");
         kill(container)?;

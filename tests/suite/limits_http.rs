@@ -6,12 +6,14 @@ use anyhow::{Context, Result, ensure};
 use hyper::Method;
 use serde_json::json;
 
+use super::limits::expect_rate;
 use crate::common::api::Api;
 use crate::common::containerd::Containerd;
 use crate::common::http::{self, Connection, Protocol, empty};
+use crate::common::machine::undisturbed;
 use crate::common::site::{self, Site, WEB};
 use crate::common::usage::Usage;
-use crate::common::{Outcome, SOON, proc, wait};
+use crate::common::{Outcome, SOON, proc};
 
 pub const CASES: crate::common::Cases = &[
     ("all_requests_share_a_quota", shared),
@@ -56,7 +58,7 @@ fn shared(containerd: &Containerd) -> Outcome {
     let api = Api::connect(containerd, "limits-http")?;
     let (limited, healthy) = (site(&api, "0.2", &[])?, site(&api, "", &[])?);
     ensure!(limited.container.daemon()? == healthy.container.daemon()?, "they are not neighbours");
-    wait::unspoiled(|| block_on(beside(&api, &limited, &healthy)))?;
+    undisturbed(|| block_on(beside(&api, &limited, &healthy)))?;
     limited.drain("SIGTERM", 0)?;
     healthy.drain("SIGTERM", 0)?;
     Ok(())
@@ -75,8 +77,7 @@ async fn beside(api: &Api<'_>, limited: &Site<'_>, healthy: &Site<'_>) -> Outcom
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let after = usage(api, limited).await?;
-    let rate = after.cores_since(&before);
-    ensure!((0.18..0.22).contains(&rate), "{rate:.3} of a core, the quota is 0.2");
+    expect_rate(0.2, after.cores_since(&before))?;
     ensure!(after.throttled_periods > before.throttled_periods + 10, "{after:?}");
     times.sort_unstable();
     ensure!(times[times.len() / 2] < Duration::from_millis(50), "its neighbour answers in {times:?}");
