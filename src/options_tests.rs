@@ -32,6 +32,22 @@ fn nothing_set_means_the_defaults() {
 }
 
 #[test]
+fn the_defaults_are_those_of_the_readme() {
+    let code = |cell: &str| Some(cell.trim().strip_prefix('`')?.strip_suffix('`')?.to_owned());
+    let (_, rest) = include_str!("../README.md").split_once("| key | unit | default | |").unwrap();
+    let rows = rest.lines().skip(2).take_while(|line| line.starts_with('|'));
+    let told = rows.filter_map(|row| {
+        let cells: Vec<&str> = row.split('|').collect();
+        Some((code(cells[1])?, code(cells[3])?)).filter(|(key, default)| !format!("{key}{default}").contains('`'))
+    });
+    let told: Vec<_> = told.collect();
+    for (key, default) in &told {
+        assert_eq!(parse(&format!("{key} = \"{default}\"")).unwrap(), Options::default(), "{key} = {default}");
+    }
+    assert_eq!(told.len(), 9, "{told:?}");
+}
+
+#[test]
 fn every_key_is_understood() {
     let options = parse(
         "group = \"pod\"\ncache_dir = \"/x\"\ncache_max_size = \"10GiB\"\nidle_timeout = \"1m\"\ndrain_timeout = \"3s\"\ncompile_timeout = \"90s\"\n\
