@@ -39,8 +39,8 @@ pub fn maximum(addr: SocketAddr, path: &str) -> Result<f64> {
     Ok(f64::from(answered) / begin.elapsed().as_secs_f64())
 }
 
-/// The 99th percentile of the times of answers, in milliseconds, at so many requests a second.
-pub fn p99(addr: SocketAddr, path: &str, rate: f64) -> Result<f64> {
+/// How long answers took, at so many requests a second.
+pub fn times(addr: SocketAddr, path: &str, rate: f64) -> Result<Vec<Duration>> {
     let mut client = Client::connect(addr, path)?;
     let interval = Duration::from_secs_f64(f64::from(CONNECTIONS) / rate);
     let begin = Instant::now();
@@ -57,6 +57,13 @@ pub fn p99(addr: SocketAddr, path: &str, rate: f64) -> Result<f64> {
             }
         }
     }
+    Ok(times)
+}
+
+/// The 99th percentile of all of them together, in milliseconds: that of each sample, and the middle of these, would not
+/// show what happens in some of the samples only.
+pub fn p99(samples: Vec<Vec<Duration>>) -> Result<f64> {
+    let mut times = samples.concat();
     times.sort_unstable();
     Ok(times.get(times.len() * 99 / 100).context("no answers")?.as_secs_f64() * 1000.0)
 }
