@@ -127,6 +127,17 @@ async fn too_much_memory_names_the_setting() {
 }
 
 #[tokio::test]
+async fn a_module_larger_than_the_memory_names_the_setting() {
+    let mut fixture = Fixture::new();
+    fixture.settings.memory = 24 << 20;
+    let programs = fixture.programs();
+    let large = wat::parse_str(format!("(module (@custom \"x\" \"{}\"))", "x".repeat(40 << 20))).unwrap();
+    let error = refusal(&programs, large).await;
+    assert!(matches!(error, LoadError::TooExpensive { .. }) && error.to_string().contains("compile_memory"), "{error}");
+    programs.load("/app.wasm", module(1), Bounds::default()).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_worker_that_dies_is_the_error_of_one() {
     let fixture = Fixture::scripted("grep -q die /proc/self/fd/0 && kill -9 $$; exec $REAL \"$@\"");
     let programs = fixture.programs();

@@ -169,6 +169,7 @@ impl Compiler {
         let out_of_memory = said.contains("memory allocation of") || said.contains("annot allocate memory");
         match (status.code(), status.signal()) {
             (Some(0), _) => Ok(()),
+            (Some(worker::EXIT_MEMORY), _) => Err(memory()),
             (Some(worker::EXIT_INVALID), _) if !out_of_memory => Err(LoadError::invalid(said)),
             (_, Some(signal)) if signal == Signal::XCPU.as_raw() => {
                 Err(self.too_slow("of processor time in all threads"))

@@ -22,6 +22,8 @@ use super::inspect::{Format, inspect};
 pub(super) const VERB: &str = "compile-worker";
 /// The module is at fault; stderr says how. Any other failure is ours.
 pub(super) const EXIT_INVALID: i32 = 65;
+/// The module alone is more than the memory it may use.
+pub(super) const EXIT_MEMORY: i32 = 70;
 const EXIT_SYSTEM: u8 = 71;
 /// `nobody`, on every Linux.
 const NOBODY: u32 = 65534;
@@ -100,6 +102,7 @@ pub fn compile_worker() -> ExitCode {
     };
     let (code, text) = match failure {
         Failure::Invalid(text) => (EXIT_INVALID as u8, text),
+        Failure::Memory => (EXIT_MEMORY as u8, String::new()),
         Failure::System(text) => (EXIT_SYSTEM, text),
     };
     // Nobody is left to tell if the pipe is gone.
@@ -109,6 +112,7 @@ pub fn compile_worker() -> ExitCode {
 
 enum Failure {
     Invalid(String),
+    Memory,
     System(String),
 }
 
@@ -120,10 +124,10 @@ fn run() -> Result<(), Failure> {
     give_up_everything(&orders, parent).map_err(|(what, error)| Failure::System(format!("{what}: {error}")))?;
 
     let mut wasm = Vec::new();
-    io::stdin()
-        .lock()
-        .read_to_end(&mut wasm)
-        .map_err(|error| Failure::System(format!("reading the module: {error}")))?;
+    io::stdin().lock().read_to_end(&mut wasm).map_err(|error| match error.kind() {
+        io::ErrorKind::OutOfMemory => Failure::Memory,
+        _ => Failure::System(format!("reading the module: {error}")),
+    })?;
     let made = orders.task.of(&wasm)?;
     write(&made).map_err(|error| Failure::System(format!("writing the compiled code: {error}")))
 }
