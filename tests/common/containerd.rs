@@ -98,6 +98,13 @@ impl Containerd {
         self.folder.join("options.toml")
     }
 
+    /// A file of them with these lines as well.
+    pub fn more_options(&self, name: &str, lines: &str) -> Result<PathBuf> {
+        let file = self.folder.join(format!("{name}.toml"));
+        fs::write(&file, format!("{}{lines}\n", self.default_options()))?;
+        Ok(file)
+    }
+
     pub fn cache(&self) -> PathBuf {
         self.folder.join("cache")
     }

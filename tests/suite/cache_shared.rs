@@ -42,12 +42,6 @@ fn variant(containerd: &Containerd, number: u8) -> Result<PathBuf> {
     Ok(folder)
 }
 
-fn options(containerd: &Containerd, name: &str, lines: &str) -> Result<PathBuf> {
-    let file = containerd.folder().join(format!("{name}.toml"));
-    fs::write(&file, format!("{}{lines}\n", containerd.default_options()))?;
-    Ok(file)
-}
-
 fn workers(containerd: &Containerd) -> Vec<u32> {
     proc::running(&containerd.folder().join("bin"), "compile-worker")
 }
@@ -66,7 +60,7 @@ fn only_entries(containerd: &Containerd, count: usize) -> Outcome {
 /// Two daemons: one whose compiler is stopped half way, and one that waits for it.
 fn one_waits(containerd: &Containerd) -> Result<(Job, Job, u32)> {
     let root = variant(containerd, 1)?;
-    let debug = options(containerd, "debug", "log_level = \"debug\"")?;
+    let debug = containerd.more_options("debug", "log_level = \"debug\"")?;
     let start = |namespace| containerd.namespace(namespace).rootfs(&root, &EXIT).options(debug.clone()).spawn();
     let first = start("shared-a")?;
     let worker = wait::until("a compiler", SOON, || Ok(workers(containerd).first().copied()))?;
@@ -153,7 +147,7 @@ fn killed_compilers(containerd: &Containerd) -> Outcome {
 fn evicted(containerd: &Containerd) -> Outcome {
     fresh(containerd, "evicted", |containerd| {
         let client = containerd.namespace("evicted");
-        let small = options(containerd, "small", "cache_max_size = \"1MiB\"")?;
+        let small = containerd.more_options("small", "cache_max_size = \"1MiB\"")?;
         let site = Site::start(client.guest("/hello-http.wasm", &[])?.options(small.clone()))?;
         let its_file = entries(containerd)?.pop().context("the server has no entry")?;
         for number in 0..5 {

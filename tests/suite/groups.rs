@@ -1,8 +1,5 @@
 //! Which containers share a process: by the runtime options, by annotation, and by name of the Kubernetes namespace.
 
-use std::fs;
-use std::path::PathBuf;
-
 use anyhow::{Result, ensure};
 
 use crate::common::Outcome;
@@ -18,12 +15,6 @@ pub const CASES: crate::common::Cases = &[
     ("a_wrong_option_is_an_error", wrong_option),
     ("a_wrong_annotation_is_an_error", wrong_annotation),
 ];
-
-fn options(containerd: &Containerd, name: &str, lines: &str) -> Result<PathBuf> {
-    let file = containerd.folder().join(format!("{name}.toml"));
-    fs::write(&file, format!("{}{lines}\n", containerd.default_options()))?;
-    Ok(file)
-}
 
 fn sleeper<'a>(client: &Client<'a>) -> Result<Run<'a>> {
     client.guest("/sleeper.wasm", &[])
@@ -50,7 +41,7 @@ fn default(containerd: &Containerd) -> Outcome {
 }
 
 fn pod(containerd: &Containerd) -> Outcome {
-    let file = options(containerd, "pod", "group = \"pod\"")?;
+    let file = containerd.more_options("pod", "group = \"pod\"")?;
     let client = containerd.namespace("groups-a");
     let run = || anyhow::Ok(sleeper(&client)?.options(file.clone()));
     ensure!(processes(vec![run()?, run()?, run()?])? == 3);
@@ -63,7 +54,7 @@ fn of_kubernetes<'a>(run: Run<'a>, namespace: &str) -> Run<'a> {
 }
 
 fn node(containerd: &Containerd) -> Outcome {
-    let file = options(containerd, "node", "group = \"node\"")?;
+    let file = containerd.more_options("node", "group = \"node\"")?;
     let client = containerd.namespace("groups-a");
     let run = |name| anyhow::Ok(of_kubernetes(sleeper(&client)?.options(file.clone()), name));
     ensure!(processes(vec![run("shop")?, run("bank")?, run("shop")?])? == 1);
@@ -74,7 +65,7 @@ fn annotation(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("groups-a");
     let run = || anyhow::Ok(sleeper(&client)?.option("--annotation", "troupe.dev/group=pod"));
     ensure!(processes(vec![run()?, run()?])? == 2);
-    let file = options(containerd, "pod", "group = \"pod\"")?;
+    let file = containerd.more_options("pod", "group = \"pod\"")?;
     let run = || anyhow::Ok(sleeper(&client)?.options(file.clone()).option("--annotation", "troupe.dev/group=node"));
     ensure!(processes(vec![run()?, run()?])? == 1);
     Ok(())
@@ -96,7 +87,7 @@ fn wrong_option(containerd: &Containerd) -> Outcome {
         ("max_module_size = -1", "max_module_size"),
         ("this is no toml", "toml"),
     ] {
-        let file = options(containerd, "wrong", lines)?;
+        let file = containerd.more_options("wrong", lines)?;
         client.guest("/kit.wasm", &["exit", "0"])?.options(file).expect_error(named)?;
     }
     let none = containerd.folder().join("no-such-file.toml");
