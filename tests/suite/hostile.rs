@@ -21,6 +21,7 @@ pub const CASES: crate::common::Cases = &[
     ("an_id_in_use_is_refused", id_in_use),
     ("a_guest_that_spins_while_it_is_instantiated", start_loop),
     ("more_memory_than_there_is", huge_memory),
+    ("a_module_larger_than_a_compile_may_be", huge_module),
 ];
 
 /// Runs `act` with a neighbour in the same process, and compares what the process holds before and after.
@@ -192,4 +193,17 @@ fn huge_memory(containerd: &Containerd) -> Outcome {
         ensure!(done.code == Some(137) || (done.code == Some(1) && done.stderr.contains("memory")), "{done:?}");
         Ok(())
     })
+}
+
+/// The setting that refuses it is named, and the process goes on to compile the next one.
+fn huge_module(containerd: &Containerd) -> Outcome {
+    let root = root(containerd, "huge-module")?;
+    let padding = wat::parse_str(format!("(module (@custom \"x\" \"{}\"))", "x".repeat(100 << 20)))?;
+    fs::write(root.join("huge.wasm"), padding)?;
+    let options = containerd.more_options("huge-module", "compile_memory = \"64MiB\"")?;
+    let client = containerd.namespace("huge-module");
+    let run = |words: &[&str]| client.rootfs(&root, words).options(options.clone());
+    run(&["/huge.wasm"]).expect_error("compile_memory")?;
+    run(&["/kit.wasm", "exit", "7"]).expect(7)?;
+    client.expect_empty()
 }
