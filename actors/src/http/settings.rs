@@ -249,6 +249,18 @@ mod tests {
     }
 
     #[test]
+    fn names_and_defaults_are_those_of_the_readme() {
+        let (_, table) = include_str!("../../../README.md").split_once("| `WASMTIME_HTTP_PROXY_…` |").unwrap();
+        let rows: Vec<_> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
+        assert_eq!(rows.len(), NAMES.len());
+        for (row, name) in rows.iter().zip(NAMES) {
+            let cells: Vec<_> = row.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
+            assert_eq!(cells[1], name);
+            assert_eq!(of_env(&[(&format!("{VARIABLE}{name}"), cells[3])]), Ok(HttpSettings::default()), "{row}");
+        }
+    }
+
+    #[test]
     fn the_nearest_source_wins() {
         let options =
             BTreeMap::from([("http_idle_timeout", "1s"), ("http_header_timeout", "1s"), ("http_backlog", "1")])
