@@ -57,6 +57,7 @@ need_cargo() {
     command -v cargo >/dev/null || fail "there is no cargo: install Rust (https://rustup.rs) and try again"
     say "cargo: $(cd "$repo" && cargo --version)"
     command -v cc >/dev/null || install gcc libc6-dev "a C compiler, which Rust links with"
+    command -v make >/dev/null || install make "builds the allocator"
     [ -n "${PROTOC:-}" ] || command -v protoc >/dev/null ||
         install protobuf-compiler "protoc, which compiles the messages of containerd's API"
 }

@@ -44,6 +44,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
+/// Requests allocate in batches, and threads free what others have allocated.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 const USAGE: &str = "\
 usage: containerd-shim-wasmtime-v1 -namespace NAME -id ID [-address SOCKET] [-publish-binary PATH] [-debug] start
        containerd-shim-wasmtime-v1 -namespace NAME -id ID [-bundle DIR] delete
