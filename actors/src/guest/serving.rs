@@ -23,6 +23,7 @@ use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 use wasmtime_wasi_http::p2::types::{HostIncomingRequest, HostResponseOutparam};
 
+use super::engine::Kind;
 use super::epoch::{Clock, Driven, Driver, Ticker};
 use super::exchange::{Exchange, Failure};
 use super::proxy::Ready;
@@ -67,6 +68,11 @@ impl Serving {
     pub fn entrance(self: &Arc<Self>, ticker: &Ticker) -> Arc<Entrance> {
         let driver = ticker.driver(Arc::clone(&self.host.cpu), self.host.environment.user.clone());
         Arc::new(Entrance { serving: Arc::clone(self), host: self.host.of_connection(), driver })
+    }
+
+    /// Its instances serve several requests side by side, all from the thread where they began.
+    pub fn shares_instances(&self) -> bool {
+        matches!(&*self.program, super::Program::Server(server) if matches!(server.kind(), Kind::Concurrent))
     }
 
     /// Lets go of instances that wait for nothing.

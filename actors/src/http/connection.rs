@@ -18,6 +18,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioTimer;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::RecvFlags;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -27,6 +28,7 @@ use super::progress::{Expired, Io, Progress};
 use super::request::respond;
 use super::server::Server;
 use super::streams::Streams;
+use crate::stdio::watched;
 
 /// What a client that speaks HTTP/2 without negotiation says first (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -181,15 +183,25 @@ async fn drive<C: Future<Output = Result<(), hyper::Error>>>(
         if let Next::Ended(result) = poll_fn(|cx| next(&mut connection, cx)).await {
             return result;
         }
-        // In a drain the connection has had its farewell and no request came. One that is in the socket by now shows after
-        // a turn of the reactor.
-        tokio::task::yield_now().await;
+        // In a drain the connection has had its farewell and no request came, or one is in the socket by now.
+        a_turn_of_the_reactor().await;
         if let Poll::Ready(result) = poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await {
             return result;
         }
         if progress.is_idle() {
             say_goodbye(connection.as_mut());
         }
+    }
+}
+
+/// Waits until all that is in a socket by now shows: an event that is there from the start comes after those that wait, and
+/// one thread at a time hands them out.
+async fn a_turn_of_the_reactor() {
+    let event = eventfd(1, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from);
+    match event.and_then(|event| Ok(watched(event, Interest::READABLE)?)) {
+        Ok(event) => drop(event.readable().await),
+        // No descriptors left: as good as it gets.
+        Err(_) => tokio::task::yield_now().await,
     }
 }
 

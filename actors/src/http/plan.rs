@@ -45,7 +45,7 @@ impl Plan {
         signals: watch::Receiver<Signals>,
     ) -> Result<JoinHandle<Outcome>> {
         let listener = listen(socket, self.settings.socket_addr, self.settings.backlog)?;
-        let runtime = self.workers.place().map_or_else(|| stage.runtime.clone(), |place| place.runtime.clone());
+        let runtime = self.workers.any().runtime.clone();
         Ok(runtime.spawn(self.run(listener, stage, signals)))
     }
 

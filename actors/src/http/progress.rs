@@ -24,7 +24,10 @@ pub const FAREWELL: Duration = Duration::from_millis(100);
 
 /// What a connection is doing, noted by its reads, writes and requests. All times in milliseconds since it was accepted.
 ///
-/// Requests reach their server through it: the references they count are this connection's, on its own core.
+/// Requests of HTTP/2 are tasks of their own, on any thread. Who sees that a head is complete sees its request, and who sees
+/// that a request is over sees when.
+///
+/// Requests reach their server through it: the references they count are this connection's and nobody else's.
 pub struct Progress {
     server: Arc<Server>,
     entrance: Arc<Entrance>,
@@ -90,15 +93,15 @@ impl Progress {
 
     /// A request begins.
     pub fn begun(&self) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        self.head.store(0, Ordering::Relaxed);
         self.served.store(true, Ordering::Relaxed);
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.head.store(0, Ordering::Release);
     }
 
     /// A request has its answer, or never will.
     pub fn ended(&self) {
-        self.requests.fetch_sub(1, Ordering::Relaxed);
         self.last.store(self.now(), Ordering::Relaxed);
+        self.requests.fetch_sub(1, Ordering::Release);
     }
 
     /// Its protocol can end without losing what is on its way.
@@ -108,17 +111,21 @@ impl Progress {
 
     /// A connection with a request in flight is told too: its answer then says that it is the last.
     pub fn may_close_at_once(&self) -> bool {
-        self.goodbye.load(Ordering::Relaxed) || self.requests.load(Ordering::Relaxed) > 0
+        self.goodbye.load(Ordering::Relaxed) || self.has_requests()
     }
 
     /// No request, and none that begins.
     pub fn is_idle(&self) -> bool {
-        self.requests.load(Ordering::Relaxed) == 0 && self.head.load(Ordering::Relaxed) == 0
+        !self.has_begun_a_head() && !self.has_requests()
     }
 
     /// A head is on its way.
     pub fn has_begun_a_head(&self) -> bool {
-        self.head.load(Ordering::Relaxed) > 0
+        self.head.load(Ordering::Acquire) > 0
+    }
+
+    fn has_requests(&self) -> bool {
+        self.requests.load(Ordering::Acquire) > 0
     }
 
     fn now(&self) -> u64 {
@@ -152,10 +159,10 @@ impl Progress {
         let settings = self.server.settings();
         let (since, patience) = if self.blocked.load(Ordering::Relaxed) {
             (self.last.load(Ordering::Relaxed), settings.idle_timeout)
-        } else if self.requests.load(Ordering::Relaxed) > 0 {
+        } else if self.has_requests() {
             // The request has deadlines of its own; look whether the client still reads.
             (self.now(), settings.idle_timeout)
-        } else if self.head.load(Ordering::Relaxed) > 0 {
+        } else if self.has_begun_a_head() {
             (self.head.load(Ordering::Relaxed), settings.header_timeout)
         } else if told {
             (self.last.load(Ordering::Relaxed), FAREWELL)
@@ -180,10 +187,10 @@ impl Progress {
         if self.blocked.load(Ordering::Relaxed) {
             return Expired::Dead("the client does not read");
         }
-        if self.requests.load(Ordering::Relaxed) > 0 {
+        if self.has_requests() {
             return Expired::No;
         }
-        if self.head.load(Ordering::Relaxed) > 0 {
+        if self.has_begun_a_head() {
             return Expired::Dead("the head of a request takes too long");
         }
         match (told, self.served.load(Ordering::Relaxed)) {

@@ -90,14 +90,14 @@ async fn serve(progress: &Progress, request: Request<Incoming>, permit: Permit, 
         let exchange = flight.land();
         exchange.keep(permit, visit.spare());
         let response = answer(server, &exchange, Leash::default(), verdict.as_deref(), visit).await;
-        // First all guests that are ready on this worker, then all answers: the code of each stays in the caches.
+        // First all guests that are ready on this thread, then all answers: the code of each stays in the caches.
         tokio::task::yield_now().await;
         return response;
     }
     let exchange = Arc::clone(flight.exchange());
     let leash = server.leash();
     let runtime = match step {
-        Step::Spinning => server.background(),
+        Step::Spinning => Some(server.background()),
         Step::Landed | Step::Waiting => None,
     };
     let terms = Terms { deadline, leash: leash.clone(), permit: Some(permit), spare: visit.spare() };
@@ -115,12 +115,12 @@ struct Terms {
 }
 
 /// Goes on with a guest as a task of its own: here, or in the background.
-fn launch(server: &Arc<Server>, flight: Flight, terms: Terms, runtime: Option<Handle>) {
+fn launch(server: &Arc<Server>, flight: Flight, terms: Terms, runtime: Option<&Handle>) {
     let (owner, moves) = (Arc::clone(server), runtime.is_none());
     // By name and not `async fn`: a task that moves starts itself again elsewhere.
     let task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(go_on(owner, flight, terms, moves));
     match runtime {
-        Some(runtime) => drop(server.tasks().spawn_on(task, &runtime)),
+        Some(runtime) => drop(server.tasks().spawn_on(task, runtime)),
         None => drop(server.tasks().spawn(task)),
     }
 }
@@ -145,8 +145,7 @@ async fn go_on(server: Arc<Server>, mut flight: Flight, terms: Terms, moves: boo
     match end {
         End::Failed(failure) => flight.exchange().stop(failure),
         End::Step(Step::Spinning) => {
-            let background = server.background();
-            launch(&server, flight, terms, background);
+            launch(&server, flight, terms, Some(server.background()));
         }
         End::Step(Step::Landed | Step::Waiting) => {
             if let Some(permit) = terms.permit {

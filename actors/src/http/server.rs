@@ -161,9 +161,9 @@ impl Server {
         peer: SocketAddr,
         room: Option<tokio::sync::OwnedSemaphorePermit>,
     ) {
-        let Some(place) = self.workers.place() else { return };
-        let server = Arc::clone(self);
+        let place = if self.serving.shares_instances() { self.workers.one() } else { self.workers.any() };
         let runtime = place.runtime.clone();
+        let server = Arc::clone(self);
         let task = async move {
             let _held = (place, room);
             match tokio::net::TcpStream::from_std(stream) {
@@ -260,8 +260,8 @@ impl Server {
     }
 
     /// Where guests go that compute.
-    pub fn background(&self) -> Option<Handle> {
-        self.workers.background().cloned()
+    pub fn background(&self) -> &Handle {
+        self.workers.background()
     }
 
     /// Requests are numbered from one.

@@ -1,13 +1,21 @@
-//! The threads that serve connections: one a core, each with a runtime of its own.
+//! The threads that serve requests: as many as cores, each way.
 //!
 //! ```text
-//! worker 0  worker 1 …      connections, and the requests that end within a turn (a tick of the epoch)
-//!      ╲      ╱ too long
-//!     background            the requests that compute, as many threads as cores
+//! http             connections to guests of WASI 0.2, and the requests that end within a turn (a tick of the epoch)
+//! http-0 http-1 …  connections to guests of WASI 0.3, each on the same thread all its life
+//!    │ too long
+//!    ▼
+//! background       the requests that compute
 //! ```
-//! A connection stays on its worker: nothing is handed from core to core on the way of a request (measured: a twentieth of
-//! its cost). A guest that uses up its turn is moved to the background, where the kernel gives it what the workers leave or
-//! half of each core, whichever is more: a container that computes slows its neighbours down by half at most.
+//! Threads steal: whoever has nothing to do takes what waits for another one. A connection that stayed on one thread would
+//! find its memory in that core's caches, which is a tenth of the smallest requests; but a kernel, or a hypervisor below it,
+//! lets a thread wait for milliseconds now and then, and all its connections would wait with it while another core rests
+//! (measured: at half of the load the slowest hundredth took five to twenty times as long).
+//!
+//! Requests of WASI 0.3 share instances, which take them from one thread only: that thread's connections do not move.
+//!
+//! A guest that uses up its turn is moved to the background, where the kernel gives it what the others leave or half of each
+//! core, whichever is more: a container that computes slows its neighbours down by half at most.
 //!
 //! Made by the first server of the process; idle threads cost nothing but their stacks.
 
@@ -23,23 +31,32 @@ use crate::sharded::number_this_thread;
 /// The threads of all servers.
 #[derive(Debug)]
 pub struct Workers {
-    workers: Vec<Worker>,
-    background: Option<Runtime>,
+    stealing: Stealing,
+    lone: Vec<Lone>,
+    background: Stealing,
 }
 
+/// Threads that steal from each other. May be dropped anywhere: they end by themselves.
 #[derive(Debug)]
-struct Worker {
+struct Stealing {
+    handle: Handle,
+    runtime: Option<Runtime>,
+}
+
+/// A thread whose connections stay.
+#[derive(Debug)]
+struct Lone {
     handle: Handle,
     connections: Arc<AtomicUsize>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// A connection's place on a worker.
+/// A connection's place among the threads.
 #[derive(Debug)]
 pub struct Place {
     pub runtime: Handle,
-    connections: Arc<AtomicUsize>,
+    connections: Option<Arc<AtomicUsize>>,
 }
 
 impl Workers {
@@ -49,40 +66,60 @@ impl Workers {
     /// When the system has no threads or descriptors left.
     pub fn start() -> std::io::Result<Self> {
         let count = std::thread::available_parallelism().map_or(1, usize::from);
-        let workers = (0..count).map(Worker::start).collect::<std::io::Result<_>>()?;
-        let background =
-            Builder::new_multi_thread().thread_name("background").worker_threads(count).enable_all().build()?;
-        Ok(Self { workers, background: Some(background) })
+        let lone = (0..count).map(Lone::start).collect::<std::io::Result<_>>()?;
+        Ok(Self { stealing: Stealing::start("http", count)?, lone, background: Stealing::start("background", count)? })
     }
 
-    /// The worker with the fewest connections.
-    pub fn place(&self) -> Option<Place> {
-        let worker = self.workers.iter().min_by_key(|worker| worker.connections.load(Ordering::Relaxed))?;
-        worker.connections.fetch_add(1, Ordering::Relaxed);
-        Some(Place { runtime: worker.handle.clone(), connections: Arc::clone(&worker.connections) })
+    /// Where servers are polled, and connections that may move.
+    pub fn any(&self) -> Place {
+        Place { runtime: self.stealing.handle.clone(), connections: None }
+    }
+
+    /// The thread with the fewest connections, for one that stays there.
+    pub fn one(&self) -> Place {
+        let fewest = self.lone.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed));
+        let Some(thread) = fewest else { return self.any() };
+        thread.connections.fetch_add(1, Ordering::Relaxed);
+        Place { runtime: thread.handle.clone(), connections: Some(Arc::clone(&thread.connections)) }
     }
 
     /// Where guests go that compute.
-    pub fn background(&self) -> Option<&Handle> {
-        self.background.as_ref().map(Runtime::handle)
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        if let Some(background) = self.background.take() {
-            background.shutdown_background();
-        }
+    pub fn background(&self) -> &Handle {
+        &self.background.handle
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.connections.fetch_sub(1, Ordering::Relaxed);
+        if let Some(connections) = &self.connections {
+            connections.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
-impl Worker {
+impl Stealing {
+    fn start(name: &str, count: usize) -> std::io::Result<Self> {
+        let next = AtomicUsize::new(0);
+        let runtime = Builder::new_multi_thread()
+            .thread_name(name)
+            .worker_threads(count)
+            // Side by side they count in different pieces of what is sharded.
+            .on_thread_start(move || number_this_thread(next.fetch_add(1, Ordering::Relaxed)))
+            .enable_all()
+            .build()?;
+        Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
+    }
+}
+
+impl Drop for Stealing {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Lone {
     fn start(number: usize) -> std::io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
@@ -97,7 +134,7 @@ impl Worker {
     }
 }
 
-impl Drop for Worker {
+impl Drop for Lone {
     fn drop(&mut self) {
         drop(self.stop.take());
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
