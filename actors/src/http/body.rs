@@ -122,7 +122,7 @@ enum Content {
     /// All of it is here, with the sum of its data. Trailers need the chunked coding, which a known length rules out.
     Whole { frames: VecDeque<Frame<Bytes>>, left: u64, has_trailers: bool },
     /// The guest is still writing.
-    Stream { exchange: Arc<Exchange>, leash: Leash, left: Option<u64> },
+    Stream { exchange: Arc<Exchange>, leash: Leash, left: Option<u64>, is_breaking_off: bool },
 }
 
 /// Stops the guest when its client leaves; a guest whose body was delivered may go on until its deadline.
@@ -159,7 +159,8 @@ impl Answer {
 
     /// A body that the guest still writes; `length` bytes, if it said so.
     pub fn stream(exchange: Arc<Exchange>, leash: Leash, length: Option<u64>, visit: Visit) -> Self {
-        let mut answer = Self { content: Content::Stream { exchange, leash, left: length }, visit };
+        let content = Content::Stream { exchange, leash, left: length, is_breaking_off: false };
+        let mut answer = Self { content, visit };
         answer.note_end();
         answer
     }
@@ -221,7 +222,12 @@ impl Body for Answer {
         }
         let frame = match &mut self.content {
             Content::Whole { frames, .. } => frames.pop_front().map(Ok),
-            Content::Stream { exchange, .. } => match exchange.poll_frame(cx) {
+            Content::Stream { exchange, is_breaking_off, .. } => match exchange.poll_frame(cx) {
+                // hyper throws away what it holds of an answer that fails, even the head; it sends that while it waits.
+                Poll::Ready(Some(Err(_))) if !std::mem::replace(is_breaking_off, true) => {
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 Poll::Ready(frame) => frame,
                 Poll::Pending => {
                     streams::waits_for_guest();
