@@ -24,15 +24,19 @@ pub fn number_this_thread(number: usize) {
     NUMBER.set(number);
 }
 
+/// How many threads can run at once. Asked of the system once: it looks into files.
+pub fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
 /// A piece for each core.
 #[derive(Debug)]
 pub struct Sharded<T>(Box<[CachePadded<T>]>);
 
 impl<T: Default> Default for Sharded<T> {
     fn default() -> Self {
-        static CORES: OnceLock<usize> = OnceLock::new();
-        let cores = *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from).min(MOST));
-        Self((0..cores).map(|_| CachePadded::default()).collect())
+        Self((0..cores().min(MOST)).map(|_| CachePadded::default()).collect())
     }
 }
 

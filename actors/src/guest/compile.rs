@@ -33,6 +33,7 @@ use super::LoadError;
 use super::engine::Kind;
 use super::worker::{self, Orders, Task};
 use crate::config::Settings;
+use crate::sharded::cores;
 
 /// What one compile may cost, where its result goes, and how long it is kept at hand.
 #[derive(Debug, Clone)]
@@ -80,7 +81,7 @@ impl From<&Settings> for CompileSettings {
 }
 
 fn spare_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| cores.get() - 1).max(1)
+    cores().saturating_sub(1).max(1)
 }
 
 /// Starts workers and, when it is closed, ends those that are left.

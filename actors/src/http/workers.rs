@@ -17,22 +17,23 @@
 //! A guest that uses up its turn is moved to the background, where the kernel gives it what the others leave or half of each
 //! core, whichever is more: a container that computes slows its neighbours down by half at most.
 //!
-//! Made by the first server of the process; idle threads cost nothing but their stacks.
+//! Made by the first server of the process, those that stay by the first connection to WASI 0.3; idle threads cost nothing
+//! but their stacks.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
 
-use crate::sharded::number_this_thread;
+use crate::sharded::{cores, number_this_thread};
 
 /// The threads of all servers.
 #[derive(Debug)]
 pub struct Workers {
     stealing: Stealing,
-    lone: Vec<Lone>,
+    lone: Mutex<Vec<Lone>>,
     background: Stealing,
 }
 
@@ -65,9 +66,8 @@ impl Workers {
     /// # Errors
     /// When the system has no threads or descriptors left.
     pub fn start() -> std::io::Result<Self> {
-        let count = std::thread::available_parallelism().map_or(1, usize::from);
-        let lone = (0..count).map(Lone::start).collect::<std::io::Result<_>>()?;
-        Ok(Self { stealing: Stealing::start("http", count)?, lone, background: Stealing::start("background", count)? })
+        let (stealing, background) = (Stealing::start("http")?, Stealing::start("background")?);
+        Ok(Self { stealing, lone: Mutex::default(), background })
     }
 
     /// Where servers are polled, and connections that may move.
@@ -77,7 +77,16 @@ impl Workers {
 
     /// The thread with the fewest connections, for one that stays there.
     pub fn one(&self) -> Place {
-        let fewest = self.lone.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed));
+        let mut lone = self.lone.lock().unwrap_or_else(PoisonError::into_inner);
+        if lone.is_empty() {
+            match (0..cores()).map(Lone::start).collect() {
+                Ok(threads) => *lone = threads,
+                Err(error) => {
+                    tracing::warn!(%error, "no threads for WASI 0.3: fewer of its requests share an instance")
+                }
+            }
+        }
+        let fewest = lone.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed));
         let Some(thread) = fewest else { return self.any() };
         thread.connections.fetch_add(1, Ordering::Relaxed);
         Place { runtime: thread.handle.clone(), connections: Some(Arc::clone(&thread.connections)) }
@@ -98,11 +107,11 @@ impl Drop for Place {
 }
 
 impl Stealing {
-    fn start(name: &str, count: usize) -> std::io::Result<Self> {
+    fn start(name: &str) -> std::io::Result<Self> {
         let next = AtomicUsize::new(0);
         let runtime = Builder::new_multi_thread()
             .thread_name(name)
-            .worker_threads(count)
+            .worker_threads(cores())
             // Side by side they count in different pieces of what is sharded.
             .on_thread_start(move || number_this_thread(next.fetch_add(1, Ordering::Relaxed)))
             .enable_all()
