@@ -224,7 +224,8 @@ impl<T> Future for Driven<T> {
     }
 }
 
-fn thread_cpu_time() -> Duration {
+/// CPU time of this thread, by a system call.
+pub(super) fn thread_cpu_time() -> Duration {
     clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
 

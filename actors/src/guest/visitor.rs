@@ -8,7 +8,7 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use wasmtime::component::{HasData, Linker, ResourceTable};
 use wasmtime::{Engine, Store, UpdateDeadline};
@@ -19,7 +19,7 @@ use wasmtime_wasi_config::{WasiConfig, WasiConfigVariables};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 use super::engine::Kind;
-use super::epoch::TICK;
+use super::epoch::{TICK, thread_cpu_time};
 use super::hooks::Hooks;
 use super::limits::{Budget, Meter};
 use super::quota::CpuTime;
@@ -156,29 +156,51 @@ pub(super) fn store(engine: &Engine, kind: Kind, host: &Arc<Host>, request: Opti
     store.limiter(|visitor| &mut visitor.meter);
     store.set_epoch_deadline(1);
     store.epoch_deadline_callback(|_| {
-        // The epoch went on while the guest slept, or began just before a tick: neither is a reason to interrupt it.
-        if TURN.get().is_some_and(|begun| begun.elapsed() < TICK) {
-            return Ok(UpdateDeadline::Continue(1));
-        }
-        TURN.set(None);
-        Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())))
+        TURN.set(TURN.get().at_tick(thread_cpu_time()));
+        Ok(match TURN.get() {
+            Turn::Over => UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())),
+            Turn::Begun | Turn::Ticked(_) => UpdateDeadline::Continue(1),
+        })
     });
     store
 }
 
 thread_local! {
-    /// When the turn of the guest that this thread polls began; `None` once it had to be interrupted.
-    static TURN: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// Of the guest that this thread polls.
+    static TURN: Cell<Turn> = const { Cell::new(Turn::Begun) };
 }
 
-/// A guest is about to be polled on this thread: it may run for a tick, and up to two.
+/// How far a guest is with its turn: it may run for a tick, and up to two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// No tick came yet, or one that is no reason to interrupt the guest: the epoch went on while it slept, or it began just
+    /// before the tick.
+    Begun,
+    /// One came, at this CPU time of the thread. Not by the clock on the wall: a guest whose core went to others for a while
+    /// has not computed.
+    Ticked(Duration),
+    /// It had to be interrupted.
+    Over,
+}
+
+impl Turn {
+    fn at_tick(self, cpu_time: Duration) -> Self {
+        match self {
+            Self::Begun => Self::Ticked(cpu_time),
+            Self::Ticked(first) if cpu_time.saturating_sub(first) < TICK => self,
+            Self::Ticked(_) | Self::Over => Self::Over,
+        }
+    }
+}
+
+/// A guest is about to be polled on this thread.
 pub(super) fn begin_turn() {
-    TURN.set(Some(Instant::now()));
+    TURN.set(Turn::Begun);
 }
 
 /// Whether the guest that is or was just polled on this thread had to be interrupted.
 pub(super) fn is_spinning() -> bool {
-    TURN.get().is_none()
+    TURN.get() == Turn::Over
 }
 
 fn context(host: &Host, request: Option<u64>, with_files: bool) -> WasiCtx {
@@ -199,4 +221,19 @@ fn context(host: &Host, request: Option<u64>, with_files: bool) -> WasiCtx {
         }
     }
     builder.build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_ends_after_a_tick_of_cpu_time() {
+        let first = Turn::Begun.at_tick(5 * TICK);
+        // Ticks came, and the core was with others.
+        let stolen = (0..9).fold(first, |turn, _| turn.at_tick(5 * TICK + TICK / 10));
+        assert_eq!(stolen, first);
+        assert_eq!(stolen.at_tick(6 * TICK), Turn::Over);
+        assert_eq!(Turn::Over.at_tick(6 * TICK), Turn::Over);
+    }
 }
