@@ -191,9 +191,9 @@ impl Instance {
         Ok((request, out))
     }
 
-    /// Calls the guest with them.
-    async fn handle(&mut self, (request, out): Visited) -> wasmtime::Result<()> {
-        self.proxy.wasi_http_incoming_handler().call_handle(&mut self.store, request, out).await
+    /// Calls the guest with them. The call's own future, of 1.4 KiB: an `async fn` would copy it once more.
+    fn handle(&mut self, (request, out): Visited) -> impl Future<Output = wasmtime::Result<()>> {
+        self.proxy.wasi_http_incoming_handler().call_handle(&mut self.store, request, out)
     }
 }
 
