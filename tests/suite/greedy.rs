@@ -148,7 +148,7 @@ fn filling(containerd: &Containerd) -> Outcome {
 fn stalled(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("stalled");
     beside(&client, || {
-        let before = proc::pss_kib(client.daemon()?)?;
+        let before = proc::anonymous_kib(client.daemon()?)?;
         let mut writers = Vec::new();
         for kit in ["/kit.wasm", "/kit-component.wasm", "/kit.wasm"] {
             let run = client.guest(kit, &["write", "1073741824"])?;
@@ -159,7 +159,7 @@ fn stalled(containerd: &Containerd) -> Outcome {
             writers.push(run.handle());
         }
         thread::sleep(Duration::from_secs(1));
-        let growth = proc::pss_kib(client.daemon()?)?.saturating_sub(before);
+        let growth = proc::anonymous_kib(client.daemon()?)?.saturating_sub(before);
         ensure!(growth < 16 * 1024, "three stalled outputs take {growth} KiB");
         for writer in &writers {
             ensure!(writer.status()?.as_deref() == Some("RUNNING"), "it should be waiting for its reader");

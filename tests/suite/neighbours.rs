@@ -108,9 +108,9 @@ fn writing(containerd: &Containerd) -> Outcome {
         let writer = run.handle();
         let daemon = writer.daemon()?;
         job.kill()?;
-        let before = proc::pss_kib(daemon)?;
+        let before = proc::anonymous_kib(daemon)?;
         std::thread::sleep(Duration::from_secs(1));
-        let after = proc::pss_kib(daemon)?;
+        let after = proc::anonymous_kib(daemon)?;
         ensure!(after < before + 4096, "what nobody reads gathers in memory: {before} to {after} KiB");
         ensure!(writer.status()?.as_deref() == Some("RUNNING"));
         ensure!(writer.kill_and_wait("SIGKILL")?.0.exit_code() == 137);
