@@ -5,6 +5,7 @@
 //! cargo bench --bench http                       all sections
 //! cargo bench --bench http -- throughput         those whose names are given
 //! TROUPE_BENCH_CONTAINERD=1.6 cargo bench …      another containerd of the tests than the newest
+//! TROUPE_SHIM=FILE cargo bench …                 another binary of the shim than the one just built
 //! ```
 //! A promise that does not hold makes the run fail, after all sections. On a shared machine the hypervisor gives the cores to
 //! others now and then: what is short enough is taken in samples, of which those count in which it did not.
