@@ -173,11 +173,10 @@ thread_local! {
 /// How far a guest is with its turn: it may run for a tick, and up to two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Turn {
-    /// No tick came yet, or one that is no reason to interrupt the guest: the epoch went on while it slept, or it began just
-    /// before the tick.
+    /// No tick came yet.
     Begun,
-    /// One came, at this CPU time of the thread. Not by the clock on the wall: a guest whose core went to others for a while
-    /// has not computed.
+    /// One came, at this CPU time of the thread. It is no reason to interrupt the guest: the epoch went on while it slept, or
+    /// it began just before. Not by the clock on the wall: a guest whose core went to others for a while has not computed.
     Ticked(Duration),
     /// It had to be interrupted.
     Over,
