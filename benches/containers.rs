@@ -97,13 +97,13 @@ fn density(host: &Host) -> Result<bool> {
     // The first ones pay for what all share: the engine, the code, the threads.
     let mut containers = vec![sleeper()?, sleeper()?];
     let daemon = client.daemon()?;
-    let before = proc::pss_kib(daemon)?;
+    let before = report::pss_kib(daemon)?;
     let begin = Instant::now();
     for _ in 0..SLEEPERS {
         containers.push(sleeper()?);
     }
     let rate = SLEEPERS as f64 / begin.elapsed().as_secs_f64();
-    let each = (proc::pss_kib(daemon)?.saturating_sub(before)) as f64 / SLEEPERS as f64;
+    let each = (report::pss_kib(daemon)?.saturating_sub(before)) as f64 / SLEEPERS as f64;
     println!("{SLEEPERS} further containers in one daemon of {before} KiB PSS: {rate:.0} a second by ctr run -d");
     let kept = at_most("PSS of a further sleeping container", each, "KiB", 400.0);
     let busy = idle_load(daemon)?;

@@ -33,7 +33,7 @@ use hyper_util::rt::TokioIo;
 
 use common::containerd::Containerd;
 use common::ctr::{Client, Container};
-use common::{job, proc, wait};
+use common::{job, wait};
 use report::{Host, at_least, at_most, median, samples, spread};
 
 const CONNECTIONS: &str = "32";
@@ -160,7 +160,7 @@ fn density(host: &Host) -> Result<bool> {
         fetch(one.addr)?;
     }
     let daemon = client.daemon()?;
-    let before = proc::pss_kib(daemon)?;
+    let before = report::pss_kib(daemon)?;
     let offset = containerd.log_length();
     let begin = Instant::now();
     let containers = launch_many(&client)?;
@@ -169,11 +169,11 @@ fn density(host: &Host) -> Result<bool> {
         let addr = addr_of(containerd, offset, &container.id)?;
         served.push(Served { addr, _container: container });
     }
-    let idle = (proc::pss_kib(daemon)?.saturating_sub(before)) as f64 / IDLE_CONTAINERS as f64;
+    let idle = (report::pss_kib(daemon)?.saturating_sub(before)) as f64 / IDLE_CONTAINERS as f64;
     for one in &served {
         fetch(one.addr)?;
     }
-    let used = (proc::pss_kib(daemon)?.saturating_sub(before)) as f64 / IDLE_CONTAINERS as f64;
+    let used = (report::pss_kib(daemon)?.saturating_sub(before)) as f64 / IDLE_CONTAINERS as f64;
     println!(
         "{IDLE_CONTAINERS} http containers in a daemon of {before} KiB; {used:.0} KiB each after a request to all"
     );

@@ -48,13 +48,13 @@ fn density(host: &Host) -> Result<bool> {
     // The first ones pay for what all share: the engine, the code, the threads.
     let mut pods = vec![one()?, one()?];
     let daemon = proc::group_leader(pods[0].pid()?)?;
-    let (before, slab) = (proc::pss_kib(daemon)?, unreclaimable()?);
+    let (before, slab) = (report::pss_kib(daemon)?, unreclaimable()?);
     let begin = Instant::now();
     for _ in 0..PODS {
         pods.push(one()?);
     }
     let took = begin.elapsed().as_secs_f64() / PODS as f64;
-    let each = (proc::pss_kib(daemon)?.saturating_sub(before)) as f64 / PODS as f64;
+    let each = (report::pss_kib(daemon)?.saturating_sub(before)) as f64 / PODS as f64;
     let kernel = (unreclaimable()?.saturating_sub(slab)) as f64 / PODS as f64;
     println!("{PODS} further pods, {:.0} ms each until they answered, CNI's programs included", took * 1000.0);
     println!("the kernel's own memory (slab, percpu, stacks) for each, the machine over: {kernel:.0} KiB");

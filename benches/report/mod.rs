@@ -20,6 +20,7 @@ use crate::common::base;
 use crate::common::containerd::{Containerd, VERSIONS};
 use crate::common::machine::Stretch;
 use crate::common::node::Cgroups;
+use crate::common::proc;
 
 /// A name, and what it measures; false when a promise does not hold.
 pub type Section = (&'static str, fn(&Host) -> Result<bool>);
@@ -124,6 +125,11 @@ pub fn samples<T>(count: usize, mut take: impl FnMut() -> Result<T>) -> Result<V
         );
     }
     Ok(taken.into_iter().map(|(_, figure)| figure).collect())
+}
+
+/// Proportional set size in KiB: shared pages counted by share.
+pub fn pss_kib(pid: u32) -> Result<u64> {
+    proc::memory_kib(pid, "Pss:")
 }
 
 /// The middle one.

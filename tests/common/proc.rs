@@ -80,17 +80,13 @@ pub fn holdings(pid: u32) -> Result<Holdings> {
     Ok(Holdings { threads: count("task")?, descriptors: count("fd")?, mounts: mounts(&pid.to_string())?.len() })
 }
 
-/// Proportional set size in KiB: shared pages counted by share.
-pub fn pss_kib(pid: u32) -> Result<u64> {
-    memory_kib(pid, "Pss:")
-}
-
-/// Memory that is a process's own and no file's, in KiB: unlike [`pss_kib`] the same whoever else runs the program.
+/// Memory that is a process's own and no file's, in KiB: unlike `Pss` the same whoever else runs the program.
 pub fn anonymous_kib(pid: u32) -> Result<u64> {
     memory_kib(pid, "Anonymous:")
 }
 
-fn memory_kib(pid: u32, field: &str) -> Result<u64> {
+/// A field of `smaps_rollup` (`proc_pid_smaps(5)`), in KiB; `field` with its colon.
+pub fn memory_kib(pid: u32, field: &str) -> Result<u64> {
     let rollup = read(&format!("/proc/{pid}/smaps_rollup"))?;
     let line = rollup.lines().find_map(|line| line.strip_prefix(field)).context("smaps_rollup has no such field")?;
     line.trim().trim_end_matches("kB").trim().parse().with_context(|| format!("{field} is no number"))
