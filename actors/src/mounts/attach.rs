@@ -51,14 +51,16 @@ impl<'a> Attacher<'a> {
     fn bind(&self, volume: &Volume, path: &Path, recursive: bool) -> Result<()> {
         let refused = |e: Errno| Error::host(format!("{}: the source", volume.what()), e);
         let source = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(refused)?;
-        self.refuse_proc(volume, &source, recursive)?;
         let stat = fstat(&source).map_err(refused)?;
+        let shape = Shape::of(&stat);
+        // Nothing can be mounted below a file, and the table of all mounts is long to read where many containers run.
+        let recursive = recursive && shape == Shape::Folder;
+        self.refuse_proc(volume, &source, recursive)?;
         let mut flags =
             OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
         let tree = open_tree(&source, "", flags).map_err(refused)?;
         let all = if is_harmless(&stat) { volume.all } else { volume.all.and(Attributes::NO_DEVICES) };
-        let shape = Shape::of(&stat);
         let target = self.target(volume, shape)?;
         finish(volume, all, &tree, &target)
     }
