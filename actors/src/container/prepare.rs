@@ -249,7 +249,11 @@ impl Parts {
         http: &http::Common,
     ) -> Result<Work> {
         let socket = network.bind(settings.socket_addr)?;
-        let workers = http.workers().map_err(|e| Error::host("start the threads that serve connections", e))?;
+        let threads = |e| Error::host("start the threads that serve connections", e);
+        let workers = http.workers().map_err(threads)?;
+        if program.shares_instances() {
+            workers.start_lone().map_err(threads)?;
+        }
         let certificates = self.bundle.env.iter().find(|(name, _)| name == "SSL_CERT_FILE");
         let client = ClientSettings {
             container: self.id.clone(),

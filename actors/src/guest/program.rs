@@ -75,6 +75,11 @@ impl Program {
         }
     }
 
+    /// It serves, and its instances take several requests side by side, all from the thread where they began.
+    pub fn shares_instances(&self) -> bool {
+        matches!(self, Self::Server(server) if matches!(server.kind(), Kind::Concurrent))
+    }
+
     /// Whether it, or what is done on its behalf (certificates and hosts of requests), can look into a root filesystem.
     pub fn uses_files(&self) -> bool {
         let component = |component: &component::Component| {

@@ -23,7 +23,6 @@ use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 use wasmtime_wasi_http::p2::types::{HostIncomingRequest, HostResponseOutparam};
 
-use super::engine::Kind;
 use super::epoch::{Clock, Driven, Driver, Ticker};
 use super::exchange::{Exchange, Failure};
 use super::proxy::Ready;
@@ -70,9 +69,9 @@ impl Serving {
         Arc::new(Entrance { serving: Arc::clone(self), host: self.host.of_connection(), driver })
     }
 
-    /// Its instances serve several requests side by side, all from the thread where they began.
+    /// As [`Program::shares_instances`](super::Program::shares_instances).
     pub fn shares_instances(&self) -> bool {
-        matches!(&*self.program, super::Program::Server(server) if matches!(server.kind(), Kind::Concurrent))
+        self.program.shares_instances()
     }
 
     /// Lets go of instances that wait for nothing.

@@ -17,8 +17,8 @@
 //! A guest that uses up its turn is moved to the background, where the kernel gives it what the others leave or half of each
 //! core, whichever is more: a container that computes slows its neighbours down by half at most.
 //!
-//! Made by the first server of the process, those that stay by the first connection to WASI 0.3; idle threads cost nothing
-//! but their stacks.
+//! Made by the first server of the process, `http-0` and so on by the first one of WASI 0.3; idle threads cost nothing but
+//! their stacks.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -75,17 +75,21 @@ impl Workers {
         Place { runtime: self.stealing.handle.clone(), connections: None }
     }
 
-    /// The thread with the fewest connections, for one that stays there.
-    pub fn one(&self) -> Place {
+    /// Starts the threads of [`one`](Self::one), unless they run.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_lone(&self) -> std::io::Result<()> {
         let mut lone = self.lone.lock().unwrap_or_else(PoisonError::into_inner);
         if lone.is_empty() {
-            match (0..cores()).map(Lone::start).collect() {
-                Ok(threads) => *lone = threads,
-                Err(error) => {
-                    tracing::warn!(%error, "no threads for WASI 0.3: fewer of its requests share an instance")
-                }
-            }
+            *lone = (0..cores()).map(Lone::start).collect::<Result<_, _>>()?;
         }
+        Ok(())
+    }
+
+    /// The thread with the fewest connections, for one that stays there; any place, where no such threads were started.
+    pub fn one(&self) -> Place {
+        let lone = self.lone.lock().unwrap_or_else(PoisonError::into_inner);
         let fewest = lone.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed));
         let Some(thread) = fewest else { return self.any() };
         thread.connections.fetch_add(1, Ordering::Relaxed);
