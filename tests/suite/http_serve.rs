@@ -21,6 +21,7 @@ pub const CASES: crate::common::Cases = &[
     ("a_connection_serves_many_requests", keep_alive),
     ("pipelined_requests_are_answered_in_order", pipelined),
     ("head_has_no_body", head),
+    ("a_small_answer_of_any_length_is_whole", small),
     ("an_upload_is_echoed_as_it_comes", echo),
     ("trailers_go_both_ways", trailers),
     ("a_client_that_expects_100_gets_it", expect_continue),
@@ -129,6 +130,21 @@ fn head(containerd: &Containerd) -> Outcome {
                 answer.expect(200, "")?;
                 ensure!(answer.header("content-length") == length, "{path}: {answer:?}");
                 connection.get("/hello").await?.expect(200, "hello\n")?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Up to some hundred bytes an answer is sent in another way than a larger one.
+fn small(containerd: &Containerd) -> Outcome {
+    serving(containerd, &[], async |site| {
+        for (protocol, declared) in BOTH.into_iter().flat_map(|protocol| [(protocol, 0), (protocol, 1)]) {
+            let mut connection = Connection::open(site.addr, protocol).await?;
+            for bytes in 0..700 {
+                let answer = connection.get(&format!("/big?bytes={bytes}&length={declared}")).await?;
+                ensure!(answer.status == 200, "{bytes} bytes: {answer:?}");
+                ensure!(answer.body == pattern(bytes), "{bytes} bytes in {protocol:?}: {:?}", answer.body);
             }
         }
         Ok(())
