@@ -24,7 +24,7 @@ use rustix::process::Signal;
 
 use common::ctr::Client;
 use common::shim::Shim;
-use common::{guests, proc, wait};
+use common::{guests, image, proc, wait};
 use report::{Host, at_most, median};
 
 const STARTS: usize = 200;
@@ -93,7 +93,8 @@ fn timed(run: &common::ctr::Run<'_>) -> Result<f64> {
 fn density(host: &Host) -> Result<bool> {
     let containerd = host.containerd()?;
     let client = containerd.namespace("density");
-    let sleeper = || client.guest("/kit.wasm", &["sleep", "0"])?.detached();
+    client.import(image::GUESTS, &image::guests()?)?;
+    let sleeper = || client.image(image::GUESTS, &["/kit.wasm", "sleep", "0"]).detached();
     // The first ones pay for what all share: the engine, the code, the threads.
     let mut containers = vec![sleeper()?, sleeper()?];
     let daemon = client.daemon()?;

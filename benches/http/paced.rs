@@ -60,10 +60,10 @@ pub fn times(addr: SocketAddr, path: &str, rate: f64) -> Result<Vec<Duration>> {
     Ok(times)
 }
 
-/// The 99th percentile of all of them together, in milliseconds: that of each sample, and the middle of these, would not
+/// The 99th percentile of all samples' times together, in milliseconds: that of each sample, and the middle of these, would not
 /// show what happens in some of the samples only.
-pub fn p99(samples: Vec<Vec<Duration>>) -> Result<f64> {
-    let mut times = samples.concat();
+pub fn p99(times: impl Iterator<Item = Duration>) -> Result<f64> {
+    let mut times: Vec<_> = times.collect();
     times.sort_unstable();
     Ok(times.get(times.len() * 99 / 100).context("no answers")?.as_secs_f64() * 1000.0)
 }
