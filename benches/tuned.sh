@@ -16,22 +16,21 @@ containerd_bin=${TROUPE_CACHE:-$HOME/.cache/troupe}/containerds/2.1/usr/bin
 guests=${TROUPE_GUESTS:-$HOME/.cache/troupe/guests}
 host=$(rustc -vV | sed -n 's/^host: //p')
 seconds=5
-work=
-containerd_pid=
+me=tuned
+source "$repo/examples/containerd.sh"
 
 main() {
     local profdata profile
     [ "$(id -u)" = 0 ] || fail "a containerd has to run as root: run this as root"
     profdata=$(rustc --print sysroot)/lib/rustlib/$host/bin/llvm-profdata
     [ -x "$profdata" ] || rustup component add llvm-tools || fail "there is no $profdata: add rustup's component llvm-tools"
-    trap clean_up EXIT
-    trap 'exit 130' INT TERM HUP
 
     step "Building the shim with counters"
     rm -rf "$out/counts"
     build "-Cprofile-generate=$out/counts"
     step "Starting a containerd, and servers that count"
-    start_containerd
+    begin
+    start_containerd "$out/build/$host/release"
     serve hello hello-http.wasm
     serve web web.wasm
     serve reused web.wasm --env WASMTIME_HTTP_PROXY_INSTANCE_REUSE=1000
@@ -52,32 +51,12 @@ main() {
     say "$out/$shim"
 }
 
-# build FLAG. With a target, so that what runs while building has no counters.
+# build FLAG. With a target, so that what runs while building has no counters. The flag may hold a blank, RUSTFLAGS could not.
 build() {
-    (cd "$repo" && RUSTFLAGS="${RUSTFLAGS:-} $1" \
+    local flags
+    read -ra flags <<<"${RUSTFLAGS:-} "
+    (cd "$repo" && IFS=$'\x1f' && CARGO_ENCODED_RUSTFLAGS="${flags[*]}${flags:+$IFS}$1" \
         cargo build --release --bin "$shim" --target "$host" --target-dir "$out/build")
-}
-
-start_containerd() {
-    work=$(mktemp -d /tmp/troupe.XXXXXX)
-    mkdir "$work/bin"
-    ln "$out/build/$host/release/$shim" "$work/bin/$shim" 2>/dev/null || cp "$out/build/$host/release/$shim" "$work/bin/$shim"
-    cat >"$work/config.toml" <<-END
-		version = 3
-		root = "$work/root"
-		state = "$work/state"
-		disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"]
-		[grpc]
-		address = "$work/c.sock"
-		[ttrpc]
-		address = "$work/t.sock"
-	END
-    printf 'cache_dir = "%s/cache"\nidle_timeout = "1s"\n' "$work" >"$work/options.toml"
-    PATH=$work/bin:$containerd_bin:$PATH setsid "$containerd_bin/containerd" --config "$work/config.toml" \
-        >"$work/log" 2>&1 </dev/null &
-    containerd_pid=$!
-    disown "$containerd_pid"
-    within 20 "containerd answers" ctr version
 }
 
 # serve ID GUEST [OPTION]...
@@ -85,12 +64,8 @@ serve() {
     local id=$1 guest=$2
     shift 2
     container --detach --net-host --env WASMTIME_HTTP_PROXY_SOCKET_ADDR=127.0.0.1:0 "$@" "$guest" "$id"
-    within 60 "$id listens" address "$id"
-    say "$id: http://$(address "$id") $*"
-}
-
-address() {
-    sed -n "s/.*listening container=tuned\/$1 addr=\([0-9.:]*\).*/\1/p" "$work/log" | grep .
+    within 60 "$id listens" address_of "$id"
+    say "$id: http://$(address_of "$id") $*"
 }
 
 # load [ID PATH]...: what echoes gets a body.
@@ -98,7 +73,7 @@ load() {
     local url options
     echo 'wrk.method = "POST"; wrk.body = string.rep("body ", 1000)' >"$work/post.lua"
     while [ $# -gt 0 ]; do
-        url=http://$(address "$1")$2
+        url=http://$(address_of "$1")$2
         options=(-t1 -c32 "-d$seconds")
         [ "$2" != /echo ] || options+=(-s "$work/post.lua")
         wrk "${options[@]}" "$url" >"$work/wrk"
@@ -126,12 +101,9 @@ stop() {
         ctr task rm "$id"
         ctr container rm "$id"
     done
-    within 30 "the shim's process ends" counted
+    within 30 "the shim's process ends" no_daemon
     compgen -G "$out/counts/*.profraw" >/dev/null || fail "nothing was counted"
 }
-
-counted() { [ -z "$(daemons)" ]; }
-stopped() { [ "$(ctr task ls | awk -v id="$1" '$1 == id { print $3 }')" = STOPPED ]; }
 
 # container [OPTION]... GUEST ID [ARG]...
 container() {
@@ -148,45 +120,6 @@ container() {
     cp "$guests/$guest" "$work/$id/app.wasm"
     ctr run --runtime io.containerd.wasmtime.v1 --runtime-config-path "$work/options.toml" "${options[@]}" --rootfs \
         "$work/$id" "$id" /app.wasm "$@"
-}
-
-ctr() {
-    timeout -s KILL 60 "$containerd_bin/ctr" --address "$work/c.sock" --namespace tuned "$@" </dev/null
-}
-
-# The daemons of our containerd: its socket is in their arguments.
-daemons() {
-    local process
-    for process in /proc/[0-9]*; do
-        if tr '\0' ' ' <"$process/cmdline" | grep -q "^[^ ]*$shim serve .*\"$work/"; then echo "${process#/proc/}"; fi
-    done 2>/dev/null
-}
-
-clean_up() {
-    local code=$? pid
-    trap '' INT TERM HUP
-    [ -n "$work" ] || exit "$code"
-    [ "$code" = 0 ] || tail -n 15 "$work/log" >&2 || true
-    for pid in $(daemons) $containerd_pid; do kill -9 "$pid" 2>/dev/null || true; done
-    awk -v work="$work/" 'index($2, work) == 1 { print $2 }' /proc/self/mounts | sort -r | while read -r mount; do
-        umount -l "$mount"
-    done
-    rm -rf "$work"
-    exit "$code"
-}
-
-step() { printf '\n%s\n' "$*"; }
-say() { echo "   $*"; }
-fail() { echo "tuned: $*" >&2 && exit 1; }
-
-# within SECONDS WHAT COMMAND...: tries the command until it succeeds.
-within() {
-    local deadline=$((SECONDS + $1)) what=$2
-    shift 2
-    until "$@" >/dev/null 2>&1; do
-        [ $SECONDS -lt $deadline ] || fail "not so: $what"
-        sleep 0.1
-    done
 }
 
 main "$@"

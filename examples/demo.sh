@@ -14,8 +14,8 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 shim=containerd-shim-wasmtime-v1
 runtime=io.containerd.wasmtime.v1
 image=localhost/troupe/hello:demo
-work=
-containerd_pid=
+me=demo
+source "$repo/examples/containerd.sh"
 
 main() {
     case ${1:-} in
@@ -93,11 +93,8 @@ install() {
 
 show() {
     bin=$1 guests=$2 containerd_bin=$3
-    # Short, because the path of a Unix socket may have 104 bytes.
-    work=$(mktemp -d /tmp/troupe.XXXXXX)
-    trap clean_up EXIT
-    trap 'exit 130' INT TERM HUP
-    start_containerd
+    begin
+    start_private
     import_image
     run_detached
     look_inside
@@ -110,29 +107,9 @@ show() {
     printf '\nThe demo worked.\n'
 }
 
-start_containerd() {
+start_private() {
     step "Starting a private containerd in $work"
-    cat >"$work/config.toml" <<-END
-		version = 2
-		root = "$work/root"
-		state = "$work/state"
-		# All that would leave this folder or that the demo has no use for.
-		disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
-		  "io.containerd.podsandbox.controller.v1.podsandbox", "io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri",
-		  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs"]
-		[grpc]
-		address = "$work/c.sock"
-	END
-    # The settings of the shim, as they would stand in containerd's configuration.
-    cat >"$work/options.toml" <<-END
-		cache_dir = "$work/cache"
-		idle_timeout = "1s"
-	END
-    # containerd finds the shim in its PATH. A session of its own: Ctrl-C must reach us first.
-    PATH=$bin:$containerd_bin:$PATH setsid "$containerd_bin/containerd" --config "$work/config.toml" \
-        >"$work/containerd.log" 2>&1 </dev/null &
-    containerd_pid=$!
-    within 20 "containerd answers" ctr version
+    start_containerd "$bin"
     # Inside another container overlayfs may not be had.
     snapshotter=native
     if ctr plugins ls | awk '$2 == "overlayfs" && $NF == "ok" { ok = 1 } END { exit !ok }'; then snapshotter=overlayfs; fi
@@ -215,7 +192,8 @@ serve_http() {
     ctr image import --snapshotter "$snapshotter" "$work/web.tar" >/dev/null
     run --detach --net-host --log-uri "file://$work/web.log" --env WASMTIME_HTTP_PROXY_SOCKET_ADDR=127.0.0.1:0 \
         localhost/troupe/web:demo web /web.wasm
-    within 10 "the server listens" listens
+    within 10 "the server listens" address_of web
+    address=$(address_of web)
     say "curl http://$address/hello"
     curl --silent --fail --show-error --max-time 5 "http://$address/hello" | tee "$work/hello" | indented
     contains "hello" "the answer is the guest's" <"$work/hello"
@@ -224,12 +202,6 @@ serve_http() {
     second=$(curl --silent --max-time 5 "http://$address/static-counter")
     [ "$first$second" = 11 ] || fail "a request found what another one left: $first, $second"
     say "a counter in the guest's memory says 1 to every request"
-}
-
-# The port was chosen by the system; the daemon's log, which is containerd's, tells it.
-listens() {
-    address=$(sed -n 's/.*listening container=demo\/web addr=\([0-9.:]*\).*/\1/p' "$work/containerd.log")
-    [ -n "$address" ]
 }
 
 drain_under_load() {
@@ -262,11 +234,6 @@ leave_nothing() {
 
 # --- containers -------------------------------------------------------------------------------------------------------
 
-ctr() {
-    # ctr does not mind SIGTERM; and it must not read from a terminal, or it would be stopped as a background job.
-    timeout -s KILL 30 "$containerd_bin/ctr" --address "$work/c.sock" --namespace demo "$@" </dev/null
-}
-
 run() {
     ctr run --snapshotter "$snapshotter" --runtime "$runtime" --runtime-config-path "$work/options.toml" "$@"
 }
@@ -288,9 +255,7 @@ ended() {
     say "$id: exit code $2"
 }
 
-status_of() { ctr task ls | awk -v id="$1" '$1 == id { print $3 }'; }
 pid_of() { ctr task ls | awk -v id="$1" '$1 == id { print $2 }'; }
-stopped() { [ "$(status_of "$1")" = STOPPED ]; }
 
 # Prints the log of a container as it grows, until a line holds the text.
 follow() {
@@ -310,50 +275,9 @@ follow() {
 
 logged() { within 10 "$3" grep -qF "$2" "$work/$1.log"; }
 
-# --- processes --------------------------------------------------------------------------------------------------------
-
-# The daemons of our containerd: its socket is in their arguments.
-daemons() {
-    local process
-    for process in /proc/[0-9]*; do
-        if tr '\0' ' ' <"$process/cmdline" | grep -q "^[^ ]*$shim serve .*\"$work/"; then echo "${process#/proc/}"; fi
-    done 2>/dev/null
-}
-
-no_daemon() { [ -z "$(daemons)" ]; }
-
-clean_up() {
-    local code=$? pid
-    trap '' INT TERM HUP
-    if [ "$code" = 130 ]; then
-        echo "demo: interrupted; cleaning up" >&2
-    elif [ "$code" != 0 ]; then
-        echo "demo: failed; the end of containerd's log:" >&2
-        tail -n 15 "$work/containerd.log" >&2 || true
-    fi
-    for pid in $(daemons) $containerd_pid; do end "$pid"; done
-    awk -v work="$work/" 'index($2, work) == 1 { print $2 }' /proc/self/mounts | sort -r | while read -r mount; do
-        umount -l "$mount"
-    done
-    rm -rf "$work"
-    exit "$code"
-}
-
-# SIGTERM, and SIGKILL five seconds later.
-end() {
-    local tries=50
-    kill "$1" 2>/dev/null || return 0
-    while [ $((tries--)) -gt 0 ] && kill -0 "$1" 2>/dev/null; do sleep 0.1; done
-    kill -9 "$1" 2>/dev/null || true
-}
-
 # --- telling ----------------------------------------------------------------------------------------------------------
 
-number=0
-step() { number=$((number + 1)) && printf '\n%s. %s\n' "$number" "$*"; }
-say() { echo "   $*"; }
 indented() { sed 's/^/   | /'; }
-fail() { echo "demo: $*" >&2 && exit 1; }
 
 # Runs a command and shows it.
 shown() {
@@ -363,16 +287,5 @@ shown() {
 }
 
 contains() { grep -qF "$1" || fail "not so: $2"; }
-
-# within SECONDS WHAT COMMAND...: tries the command until it succeeds.
-within() {
-    local deadline=$((SECONDS + $1)) what=$2
-    shift 2
-    until "$@" >/dev/null 2>&1; do
-        [ $SECONDS -lt $deadline ] || fail "not so: $what"
-        [ -z "$containerd_pid" ] || kill -0 "$containerd_pid" 2>/dev/null || fail "containerd ended: $what"
-        sleep 0.1
-    done
-}
 
 main "$@"
