@@ -109,8 +109,10 @@ impl Handler<Create> for Supervisor {
         let (stage, shared, began) = (Arc::clone(&self.stage), Arc::clone(&self.shared), Instant::now());
         let events = self.events.clone();
         let (plan, name) = (blueprint.clone(), id.clone());
-        let prepared = async move { prepare(name, plan, &stage, &shared, events).await };
+        // A task of its own, so that a panic ends no more than this.
+        let prepared = actix::spawn(async move { prepare(name, plan, &stage, &shared, events).await });
         Box::pin(prepared.into_actor(self).map(move |prepared, act, _| {
+            let prepared = prepared.unwrap_or_else(|error| Err(Error::Internal(format!("preparing it: {error}"))));
             let prepared = prepared.inspect_err(|error| {
                 tracing::warn!(container = %id, %error, "not created");
                 act.remove(&id);
