@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{Actor, Addr, System};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::r#async::{Server, Service};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -64,6 +64,9 @@ pub fn serve(params: ServeParams) -> Result<()> {
     troupe_actors::keep_descriptor_limit();
     raise_descriptor_limit();
     let result = System::new().block_on(run(listener, ready, args, log, &guests));
+    if let Err(error) = &result {
+        tracing::error!(error = format!("{error:#}"), "leaving");
+    }
     // A guest's blocking call (a read from a dead network file system, say) must not keep the process.
     guests.shutdown_timeout(Duration::from_millis(500));
     if let Some(cgroup) = cgroup {
@@ -77,6 +80,7 @@ fn prepare(args: &ServeArgs) -> Result<(Option<Cgroup>, Runtime)> {
     // First of all: what is used from here on is the pod's.
     let cgroup = args.cgroup.as_deref().map(Cgroup::join).transpose()?;
     troupe_actors::isolate().context("a shim has to run as root")?;
+    troupe_actors::keep_a_thread().context("a thread for what blocks")?;
     Ok((cgroup, guests()?))
 }
 
@@ -91,7 +95,11 @@ async fn run(listener: UnixListener, ready: Ready, args: ServeArgs, log: Sinks, 
     ready.ok();
     tracing::info!(group = args.group, pid = std::process::id(), "serving");
     let mut stop = daemon.stop.take().context("signals are taken once")?;
+    let mut containers = daemon.containers.clone();
     let why = tokio::select! {
+        // The supervisor counts them as long as it lives. Without it nobody can act on a container: containerd has to learn
+        // that they are gone.
+        _ = containers.wait_for(|_| false) => bail!("the supervisor is gone"),
         () = daemon.until_idle() => "idle",
         signal = stop.next() => {
             daemon.drain(signal, &mut stop).await;

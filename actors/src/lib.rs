@@ -14,10 +14,11 @@
 //! ```
 //!
 //! Reading order: `supervisor` (the verbs), `container` (one life), `http` (servers), `native` (Linux programs), `guest`
-//! (wasm), `outgoing` (requests of guests), `names` (of hosts), `pod` (namespaces and sockets); the leaves `bundle`,
+//! (wasm), `outgoing` (requests of guests), `names` (of hosts), `pod` (namespaces and sockets); the leaves `blocking`, `bundle`,
 //! `resources`, `image`, `mounts`, `stdio`, `users`, `signals`, `event`, `error`, `config`, `units` as they come up. A module names
 //! only what stands after it in that list.
 
+mod blocking;
 mod bundle;
 mod config;
 mod container;
@@ -42,6 +43,7 @@ mod supervisor;
 mod units;
 mod users;
 
+pub use blocking::keep_a_thread;
 pub use config::{RuncOptions, Settings, SocketPolicy};
 pub use container::{
     AddExec, Blueprint, DeleteExec, ExecPids, Exit, FindExec, Handle, KillExec, Measured, Pause, Phase, Resume,

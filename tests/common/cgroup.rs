@@ -52,6 +52,49 @@ fn unified() -> Result<Option<PathBuf>> {
     Ok(mount.and_then(|line| line.split(' ').nth(4)).map(PathBuf::from))
 }
 
+/// A cgroup that bounds how many threads the system grants one process. Dropped, the process is where it was.
+#[derive(Debug)]
+pub struct Threads {
+    folder: PathBuf,
+    pid: u32,
+}
+
+impl Threads {
+    /// No bound yet.
+    pub fn of(pid: u32) -> Result<Self> {
+        let root = Path::new(ROOT);
+        let root = if root.join("pids").is_dir() { root.join("pids") } else { root.to_owned() };
+        if root == Path::new(ROOT) {
+            fs::write(root.join("cgroup.subtree_control"), "+pids").context("a cgroup that counts threads")?;
+        }
+        let folder = root.join(format!("troupe-threads-{pid}"));
+        fs::create_dir(&folder)?;
+        let threads = Self { folder, pid };
+        fs::write(threads.folder.join("cgroup.procs"), pid.to_string())?;
+        Ok(threads)
+    }
+
+    /// So many more than there are now, and none beyond these.
+    pub fn grant(&self, more: u32) -> Result<()> {
+        let now: u32 = fs::read_to_string(self.folder.join("pids.current"))?.trim().parse()?;
+        Ok(fs::write(self.folder.join("pids.max"), (now + more).to_string())?)
+    }
+
+    pub fn grant_all(&self) -> Result<()> {
+        Ok(fs::write(self.folder.join("pids.max"), "max")?)
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // A process that is gone needs no other place.
+        let _ = self.folder.parent().map(|root| fs::write(root.join("cgroup.procs"), self.pid.to_string()));
+        if let Err(error) = fs::remove_dir(&self.folder) {
+            eprintln!("{} stays: {error}", self.folder.display());
+        }
+    }
+}
+
 /// Whether there is a version 2 that the machine's containerds do not use.
 pub fn is_hybrid() -> bool {
     unified().is_ok_and(|root| root.is_some_and(|root| root != Path::new(ROOT)))

@@ -85,6 +85,13 @@ pub fn anonymous_kib(pid: u32) -> Result<u64> {
     memory_kib(pid, "Anonymous:")
 }
 
+/// How many threads of a process have this name.
+pub fn threads(pid: u32, name: &str) -> Result<usize> {
+    let all = fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid} is gone"))?;
+    let names = all.filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+    Ok(names.filter(|comm| comm.trim_end() == name).count())
+}
+
 /// A field of `smaps_rollup` (`proc_pid_smaps(5)`), in KiB; `field` with its colon.
 pub fn memory_kib(pid: u32, field: &str) -> Result<u64> {
     let rollup = read(&format!("/proc/{pid}/smaps_rollup"))?;

@@ -7,9 +7,11 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 
+use crate::common::cgroup::Threads;
 use crate::common::containerd::Containerd;
 use crate::common::ctr::Client;
-use crate::common::{Outcome, SOON, base, guests, proc, shim, wait};
+use crate::common::http::{self, Protocol};
+use crate::common::{Outcome, SOON, base, guests, proc, shim, site, wait};
 
 pub const CASES: crate::common::Cases = &[
     ("a_missing_module_is_named", missing),
@@ -22,6 +24,7 @@ pub const CASES: crate::common::Cases = &[
     ("a_guest_that_spins_while_it_is_instantiated", start_loop),
     ("more_memory_than_there_is", huge_memory),
     ("a_module_larger_than_a_compile_may_be", huge_module),
+    ("a_system_that_grants_no_thread", no_thread),
 ];
 
 /// Runs `act` with a neighbour in the same process, and compares what the process holds before and after.
@@ -206,4 +209,41 @@ fn huge_module(containerd: &Containerd) -> Outcome {
     run(&["/huge.wasm"]).expect_error("compile_memory")?;
     run(&["/kit.wasm", "exit", "7"]).expect(7)?;
     client.expect_empty()
+}
+
+/// Every container needs a thread of its own, a server some more. What needs none goes on: the end of a container, say.
+fn no_thread(containerd: &Containerd) -> Outcome {
+    const REFUSED: &str = "Resource temporarily unavailable";
+    // In another process: what is compiled needs no process for that.
+    let compiled = containerd.namespace("compiled");
+    compiled.guest("/hello.wasm", &["1"])?.expect(0)?;
+    site::web(&compiled, &[])?.drain("SIGTERM", 0)?;
+    let (client, begun) = (containerd.namespace("threads"), containerd.log_length());
+    let (first, second) =
+        (client.guest("/sleeper.wasm", &[])?.detached()?, client.guest("/sleeper.wasm", &[])?.detached()?);
+    let daemon = first.daemon()?;
+    let threads = Threads::of(daemon)?;
+    // Those with nothing to do end after a while, all but one.
+    wait::until_true("idle threads to end", SOON, || Ok(proc::threads(daemon, "blocking")? == 1))?;
+    threads.grant(0)?;
+    for file in ["/hello.wasm", site::WEB] {
+        site::anywhere(client.guest(file, &[])?).expect_error(REFUSED)?;
+    }
+    second.kill_and_wait("SIGKILL")?;
+    second.delete()?;
+    // The thread of the container, and none of those that serve.
+    threads.grant(1)?;
+    site::anywhere(client.guest(site::WEB, &[])?).expect_error("start the threads that serve connections")?;
+    ensure!(first.status()?.as_deref() == Some("RUNNING"), "the neighbour is gone");
+    threads.grant_all()?;
+    let server = site::web(&client, &[])?;
+    http::block_on(async { http::get(server.addr, Protocol::One, "/hello").await?.expect(200, "hello\n") })?;
+    server.drain("SIGTERM", 0)?;
+    drop(server);
+    first.kill_and_wait("SIGKILL")?;
+    first.delete()?;
+    client.expect_empty()?;
+    let log = containerd.whole_log_since(begun);
+    ensure!(!log.contains("panic"), "{log}");
+    Ok(())
 }

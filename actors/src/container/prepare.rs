@@ -9,6 +9,7 @@ use super::entrypoint::Entrypoint;
 use super::program::{self, Wasm};
 use super::work::Work;
 use crate::ContainerId;
+use crate::blocking::blocking;
 use crate::bundle::Bundle;
 use crate::config::{RuncOptions, Settings, SocketPolicy};
 use crate::error::{Error, Result};
@@ -72,14 +73,14 @@ impl Held {
     /// Lets go of the root filesystem alone.
     async fn unmount(&mut self) {
         let rootfs = self.rootfs.take();
-        if tokio::task::spawn_blocking(move || drop(rootfs)).await.is_err() {
+        if blocking(move || drop(rootfs)).await.is_err() {
             tracing::error!("releasing a root filesystem panicked");
         }
     }
 
     /// Lets go on a blocking thread; done when everything is gone.
     pub async fn release(self) {
-        if tokio::task::spawn_blocking(move || drop(self)).await.is_err() {
+        if blocking(move || drop(self)).await.is_err() {
             tracing::error!("releasing a container's mounts panicked");
         }
     }
@@ -113,7 +114,7 @@ pub async fn prepare(
     events: Events,
 ) -> Result<Prepared> {
     let (name, plan, pods) = (id.clone(), blueprint.clone(), Arc::clone(&shared.pods));
-    let found = tokio::task::spawn_blocking(move || on_the_host(&name, &plan, &pods))
+    let found = blocking(move || on_the_host(&name, &plan, &pods))
         .await
         .map_err(|e| Error::Internal(format!("preparing the container: {e}")))??;
     match found {

@@ -25,7 +25,7 @@ use super::code::Code;
 use super::compile::CompileSettings;
 use super::engine::{Bounds, Engines, Kind};
 use super::job::Job;
-use super::workshop::{Workshop, blocking, stopping};
+use super::workshop::{Workshop, loading, stopping};
 use crate::image::Content;
 
 /// The loaded programs. `T` is what the caller makes of the code, once for all containers that run it.
@@ -168,7 +168,7 @@ impl<T: Send + Sync + 'static> Shared<T> {
     async fn make(&self, job: Arc<Job>) -> Loaded<T> {
         let made = self.shop.make(&job).await?;
         let (shop, link) = (self.shop.clone(), self.link);
-        blocking(move || link(&shop.engines, job.kind, made.code).map(Arc::new)).await
+        loading(move || link(&shop.engines, job.kind, made.code).map(Arc::new)).await
     }
 }
 

@@ -33,6 +33,7 @@ use super::job::{self, Job};
 use super::known::Known;
 use super::text::to_binary;
 use super::turn::Turn;
+use crate::blocking::blocking;
 use crate::image::Content;
 
 /// How often a lock that another process holds is tried.
@@ -78,7 +79,7 @@ impl Workshop {
     /// What these bytes are. Counts as a use of their entry, which may be in memory and never be looked up.
     pub async fn job(self: &Arc<Self>, name: &str, wasm: Vec<u8>, bounds: Bounds) -> Result<Job, LoadError> {
         let (shop, name) = (self.clone(), name.to_owned());
-        blocking(move || shop.inspected(name, wasm, bounds)).await
+        loading(move || shop.inspected(name, wasm, bounds)).await
     }
 
     /// The same for a layer, which is read only if nobody knows what it is.
@@ -89,7 +90,7 @@ impl Workshop {
         bounds: Bounds,
     ) -> Result<Job, LoadError> {
         let (shop, name) = (self.clone(), name.to_owned());
-        blocking(move || {
+        loading(move || {
             let Some((key, kind, format)) = shop.known.about(&content.digest(), bounds, &shop.engines, shop.cache())
             else {
                 return shop.inspected(name, job::read(&*content)?, bounds);
@@ -136,7 +137,7 @@ impl Workshop {
         }
         let slot = self.slot().await?;
         let (shop, job) = (self.clone(), job.clone());
-        blocking(move || {
+        loading(move || {
             let made = match shop.find(&job)? {
                 Some(made) => Ok(made),
                 None => shop.compile(&job),
@@ -164,7 +165,7 @@ impl Workshop {
 
     async fn look(self: &Arc<Self>, job: &Arc<Job>) -> Result<Option<Made>, LoadError> {
         let (shop, job) = (self.clone(), job.clone());
-        blocking(move || shop.find(&job)).await
+        loading(move || shop.find(&job)).await
     }
 
     fn find(&self, job: &Job) -> Result<Option<Made>, LoadError> {
@@ -237,7 +238,7 @@ impl Workshop {
         let mut waiting = Some(waiting);
         loop {
             let (shop, wanted) = (self.clone(), names.clone());
-            match blocking(move || Ok(shop.free(&wanted))).await? {
+            match loading(move || Ok(shop.free(&wanted))).await? {
                 Ok(Some(turn)) => return Ok((Some(turn), waiting.is_none())),
                 Ok(None) if Instant::now() < deadline => {}
                 Ok(None) => return Ok((None, true)),
@@ -271,15 +272,11 @@ fn length(file: &File) -> u64 {
     file.metadata().map_or(0, |metadata| metadata.len())
 }
 
-/// Runs `job` on a blocking thread; its panic is this caller's error and nobody else's.
-pub(super) async fn blocking<R: Send + 'static>(
+/// Loads on a blocking thread; a panic is this caller's error and nobody else's.
+pub(super) async fn loading<R: Send + 'static>(
     job: impl FnOnce() -> Result<R, LoadError> + Send + 'static,
 ) -> Result<R, LoadError> {
-    match tokio::task::spawn_blocking(job).await {
-        Ok(result) => result,
-        Err(error) if error.is_panic() => Err(LoadError::internal("a panic while loading; the log has more")),
-        Err(_) => Err(stopping()),
-    }
+    blocking(job).await.unwrap_or_else(|panicked| Err(LoadError::internal(format!("while loading: {panicked}"))))
 }
 
 pub(super) fn stopping() -> LoadError {

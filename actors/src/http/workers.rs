@@ -20,8 +20,9 @@
 //! Made by the first server of the process, `http-0` and so on by the first one of WASI 0.3; idle threads cost nothing but
 //! their stacks.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -66,6 +67,7 @@ impl Workers {
     /// # Errors
     /// When the system has no threads or descriptors left.
     pub fn start() -> std::io::Result<Self> {
+        grants(2 * cores())?;
         let (stealing, background) = (Stealing::start("http")?, Stealing::start("background")?);
         Ok(Self { stealing, lone: Mutex::default(), background })
     }
@@ -113,13 +115,16 @@ impl Drop for Place {
 impl Stealing {
     fn start(name: &str) -> std::io::Result<Self> {
         let next = AtomicUsize::new(0);
-        let runtime = Builder::new_multi_thread()
+        let mut threads = Builder::new_multi_thread();
+        threads
             .thread_name(name)
             .worker_threads(cores())
             // Side by side they count in different pieces of what is sharded.
             .on_thread_start(move || number_this_thread(next.fetch_add(1, Ordering::Relaxed)))
-            .enable_all()
-            .build()?;
+            .enable_all();
+        // Somebody else may have taken what was granted a moment ago: then it panics.
+        let made = catch_unwind(AssertUnwindSafe(|| threads.build()));
+        let runtime = made.unwrap_or_else(|_| Err(std::io::Error::other("a panic; the log has more")))?;
         Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
     }
 }
@@ -130,6 +135,22 @@ impl Drop for Stealing {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Whether the system has so many threads for us. A runtime would panic for want of its first, and do without the others.
+fn grants(threads: usize) -> std::io::Result<()> {
+    let one = || {
+        let (end, ended) = mpsc::channel::<()>();
+        // An error means that the other end is gone, which is what is waited for.
+        let thread = std::thread::Builder::new().spawn(move || ended.recv().is_ok())?;
+        Ok((end, thread))
+    };
+    let threads: Vec<_> = (0..threads).map(|_| one()).collect::<std::io::Result<_>>()?;
+    for (end, thread) in threads {
+        drop(end);
+        drop(thread.join());
+    }
+    Ok(())
 }
 
 impl Lone {
