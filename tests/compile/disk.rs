@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use rustix::mount::{MountFlags, mount, mount_remount};
 use troupe_actors::guest::Bounds;
@@ -60,8 +61,17 @@ async fn damage_anywhere_is_found_and_the_module_compiled_again() {
     assert_eq!(fixture.entries().len(), 1);
 }
 
-/// Runs `case` on a thread with mounts of its own, which end with it.
-fn with_own_mounts(case: impl AsyncFnOnce() + Send) {
+/// Runs `case`, of the test that has this name, on a thread with mounts of its own, which end with it. In a process of its own:
+/// what blocks is done by threads of the process, which see the mounts of whoever was the first to need one.
+fn with_own_mounts(name: &str, case: impl AsyncFnOnce() + Send) {
+    const INSIDE: &str = "TROUPE_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_none() {
+        let mut alone = Command::new(std::env::current_exe().unwrap());
+        let done = alone.args(["--exact", &format!("disk::{name}")]).env(INSIDE, "1").output().unwrap();
+        let told = String::from_utf8_lossy(&done.stdout);
+        assert!(done.status.success() && told.contains("1 passed"), "{told}");
+        return;
+    }
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             troupe_actors::isolate().unwrap();
@@ -84,7 +94,7 @@ fn is_there(path: &Path) -> bool {
 fn on_a_full_disk_programs_run_from_memory_until_there_is_room() {
     let fixture = Fixture::scripted(COUNTED);
     let disk = fixture.settings.cache_dir.clone();
-    with_own_mounts(async || {
+    with_own_mounts("on_a_full_disk_programs_run_from_memory_until_there_is_room", async || {
         small_disk(&disk);
         let ballast = disk.join("ballast");
         let mut file = File::create(&ballast).unwrap();
@@ -106,7 +116,7 @@ fn on_a_full_disk_programs_run_from_memory_until_there_is_room() {
 fn on_a_read_only_disk_entries_are_found_and_others_run_from_memory() {
     let fixture = Fixture::scripted(COUNTED);
     let disk = fixture.settings.cache_dir.clone();
-    with_own_mounts(async || {
+    with_own_mounts("on_a_read_only_disk_entries_are_found_and_others_run_from_memory", async || {
         small_disk(&disk);
         load(&fixture, 1).await;
         mount_remount(&disk, MountFlags::RDONLY, c"").unwrap();
@@ -123,7 +133,7 @@ fn on_a_read_only_disk_entries_are_found_and_others_run_from_memory() {
 fn a_disk_that_forbids_code_is_copied_from() {
     let fixture = Fixture::scripted(COUNTED);
     let disk = fixture.settings.cache_dir.clone();
-    with_own_mounts(async || {
+    with_own_mounts("a_disk_that_forbids_code_is_copied_from", async || {
         fs::create_dir(&disk).unwrap();
         mount("cache", &disk, "tmpfs", MountFlags::NOEXEC, c"mode=0700").unwrap();
         load(&fixture, 1).await;
