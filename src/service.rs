@@ -4,6 +4,7 @@
 //! main thread    actix system: ttrpc server, supervisor, containers, events, signals      (control)
 //! guest threads  tokio, two a core and more: guests, their streams                        (data)
 //! epoch thread   ticks while a guest runs;  anchor threads: one a container, parked
+//! blocking       mounts, files, loading: they come and go, one stays
 //! ```
 //! Control has a thread of its own, so that no guest, whatever it does, delays an answer to containerd. The daemon leaves
 //! when nothing was left for `idle_timeout`, or after SIGTERM when all containers have ended.
