@@ -11,6 +11,7 @@ use crate::common::cgroup::Threads;
 use crate::common::containerd::Containerd;
 use crate::common::ctr::Client;
 use crate::common::http::{self, Protocol};
+use crate::common::site::Site;
 use crate::common::{Outcome, SOON, base, guests, proc, shim, site, wait};
 
 pub const CASES: crate::common::Cases = &[
@@ -214,10 +215,12 @@ fn huge_module(containerd: &Containerd) -> Outcome {
 /// Every container needs a thread of its own, a server some more. What needs none goes on: the end of a container, say.
 fn no_thread(containerd: &Containerd) -> Outcome {
     const REFUSED: &str = "Resource temporarily unavailable";
+    const SHARED: &str = "/web3.wasm";
     // In another process: what is compiled needs no process for that.
     let compiled = containerd.namespace("compiled");
     compiled.guest("/hello.wasm", &["1"])?.expect(0)?;
     site::web(&compiled, &[])?.drain("SIGTERM", 0)?;
+    Site::start(compiled.guest(SHARED, &[])?)?.drain("SIGTERM", 0)?;
     let (client, begun) = (containerd.namespace("threads"), containerd.log_length());
     let (first, second) =
         (client.guest("/sleeper.wasm", &[])?.detached()?, client.guest("/sleeper.wasm", &[])?.detached()?);
@@ -238,6 +241,12 @@ fn no_thread(containerd: &Containerd) -> Outcome {
     threads.grant_all()?;
     let server = site::web(&client, &[])?;
     http::block_on(async { http::get(server.addr, Protocol::One, "/hello").await?.expect(200, "hello\n") })?;
+    // Those of WASI 0.3 are others, and their first server asks for them.
+    wait::until_true("idle threads to end", SOON, || Ok(proc::threads(daemon, "blocking")? == 1))?;
+    threads.grant(1)?;
+    site::anywhere(client.guest(SHARED, &[])?).expect_error("start the threads that serve connections")?;
+    http::block_on(async { http::get(server.addr, Protocol::One, "/hello").await?.expect(200, "hello\n") })?;
+    threads.grant_all()?;
     server.drain("SIGTERM", 0)?;
     drop(server);
     first.kill_and_wait("SIGKILL")?;

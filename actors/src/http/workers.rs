@@ -155,15 +155,21 @@ fn grants(threads: usize) -> std::io::Result<()> {
 
 impl Lone {
     fn start(number: usize) -> std::io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
-        let handle = runtime.handle().clone();
+        let (made, runtime) = mpsc::channel();
         let (stop, stopped) = oneshot::channel();
+        // Its runtime is made there: where the system grants no thread, none may be dropped here, among actors.
         let thread = std::thread::Builder::new().name(format!("http-{number}")).spawn(move || {
+            let runtime = match Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => return drop(made.send(Err(error))),
+            };
+            drop(made.send(Ok(runtime.handle().clone())));
             number_this_thread(number);
             // An error means that the owner is gone, which is what is waited for.
             drop(runtime.block_on(stopped));
             runtime.shutdown_background();
         })?;
+        let handle = runtime.recv().map_err(std::io::Error::other)??;
         Ok(Self { handle, connections: Arc::default(), stop: Some(stop), thread: Some(thread) })
     }
 }
