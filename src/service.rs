@@ -98,14 +98,18 @@ async fn run(listener: UnixListener, ready: Ready, args: ServeArgs, log: Sinks, 
     let mut stop = daemon.stop.take().context("signals are taken once")?;
     let mut containers = daemon.containers.clone();
     let why = tokio::select! {
-        // The supervisor counts them as long as it lives. Without it nobody can act on a container: containerd has to learn
-        // that they are gone.
-        _ = containers.wait_for(|_| false) => bail!("the supervisor is gone"),
-        () = daemon.until_idle() => "idle",
+        // The supervisor counts them as long as it lives.
+        _ = containers.wait_for(|_| false) => None,
+        () = daemon.until_idle() => Some("idle"),
         signal = stop.next() => {
             daemon.drain(signal, &mut stop).await;
-            signal
+            Some(signal)
         }
+    };
+    let Some(why) = why else {
+        // Nobody can act on a container any more: containerd has to learn that they are gone.
+        daemon.abandon();
+        bail!("the supervisor is gone");
     };
     daemon.images.close();
     daemon.stage.programs.close().await;
@@ -198,12 +202,17 @@ impl Daemon {
         }
     }
 
-    /// Ends all containers: politely, then, or at a second signal, at once.
-    async fn drain(&self, signal: &str, stop: &mut Stop) {
-        tracing::info!(signal, containers = *self.containers.borrow(), "stopping");
+    /// From here on new containers get another process.
+    fn abandon(&self) {
         if let Err(error) = socket::abandon(&self.socket) {
             tracing::warn!(%error, "the socket stays behind");
         }
+    }
+
+    /// Ends all containers: politely, then, or at a second signal, at once.
+    async fn drain(&self, signal: &str, stop: &mut Stop) {
+        tracing::info!(signal, containers = *self.containers.borrow(), "stopping");
+        self.abandon();
         let timeout = self.settings.drain_timeout;
         let polite = self.supervisor.send(Drain { signal: SIGTERM, timeout });
         let drained = tokio::select! {

@@ -18,6 +18,10 @@ pub const CASES: crate::common::Cases = &[
     ("the_host_sees_none_of_its_mounts", mounts),
     ("metrics_tell_cpu_and_memory", metrics),
     ("task_ps_lists_a_process", ps),
+    #[cfg(feature = "test-hooks")]
+    ("a_panic_while_a_container_is_prepared_is_its_own", panic_of_one),
+    #[cfg(feature = "test-hooks")]
+    ("a_process_without_a_supervisor_ends", panic_of_all),
 ];
 
 fn idle_end(containerd: &Containerd) -> Outcome {
@@ -130,4 +134,38 @@ fn ps(containerd: &Containerd) -> Outcome {
     ensure!(table.lines().skip(1).any(|line| line.split_whitespace().next() == Some(&pid)), "{table}");
     container.kill_and_wait("SIGKILL")?;
     container.delete()
+}
+
+#[cfg(feature = "test-hooks")]
+fn panic_of_one(containerd: &Containerd) -> Outcome {
+    let client = containerd.namespace("panic-one");
+    let neighbour = client.guest("/sleeper.wasm", &[])?.detached()?;
+    // Twice: the id is free again.
+    for _ in 0..2 {
+        client.guest("/hello.wasm", &["0"])?.id("panics-when-prepared").expect_error("preparing it")?;
+    }
+    ensure!(neighbour.status()?.as_deref() == Some("RUNNING"), "the neighbour is gone");
+    neighbour.kill_and_wait("SIGKILL")?;
+    neighbour.delete()?;
+    client.expect_empty()
+}
+
+/// containerd learns that its containers are gone, and the next one gets a process that works.
+#[cfg(feature = "test-hooks")]
+fn panic_of_all(containerd: &Containerd) -> Outcome {
+    let client = containerd.namespace("panic-all");
+    let neighbour = client.guest("/sleeper.wasm", &[])?.detached()?;
+    let daemon = neighbour.daemon()?;
+    let sockets = proc::sockets(daemon)?;
+    ensure!(!sockets.is_empty(), "it listens nowhere");
+    let culprit = client.guest("/hello.wasm", &["0"])?.id("panics-when-started");
+    ensure!(culprit.to_end()?.code != Some(0), "it did not panic");
+    wait::until_true("the process to end", SOON, || Ok(!proc::is_running(daemon)))?;
+    ensure!(sockets.iter().all(|socket| !socket.exists()), "left sockets: {sockets:?}");
+    let exit = neighbour.exit()?;
+    ensure!(exit.exit_code() == 137, "{exit:?}");
+    client.guest("/kit.wasm", &["exit", "7"])?.expect(7)?;
+    ensure!(client.daemon()? != daemon, "the same process");
+    drop((neighbour, culprit.handle()));
+    client.expect_empty()
 }

@@ -110,7 +110,11 @@ impl Handler<Create> for Supervisor {
         let events = self.events.clone();
         let (plan, name) = (blueprint.clone(), id.clone());
         // A task of its own, so that a panic ends no more than this.
-        let prepared = actix::spawn(async move { prepare(name, plan, &stage, &shared, events).await });
+        let prepared = actix::spawn(async move {
+            #[cfg(feature = "test-hooks")]
+            panic_on_demand(&name, "panics-when-prepared");
+            prepare(name, plan, &stage, &shared, events).await
+        });
         Box::pin(prepared.into_actor(self).map(move |prepared, act, _| {
             let prepared = prepared.unwrap_or_else(|error| Err(Error::Internal(format!("preparing it: {error}"))));
             let prepared = prepared.inspect_err(|error| {
@@ -135,6 +139,8 @@ impl Handler<Start> for Supervisor {
     type Result = ResponseFuture<Result<u32>>;
 
     fn handle(&mut self, Start(id): Start, _: &mut Context<Self>) -> Self::Result {
+        #[cfg(feature = "test-hooks")]
+        panic_on_demand(&id, "panics-when-started");
         match self.live(&id, "start") {
             Ok(live) => {
                 let (started, pid) = (live.addr.send(container::Start), live.handle.pid);
@@ -274,6 +280,12 @@ async fn end(live: Live, signal: u32, timeout: Duration) -> bool {
         }
     }
     polite
+}
+
+/// What no test could bring about from outside: the id asks for it.
+#[cfg(feature = "test-hooks")]
+fn panic_on_demand(id: &ContainerId, name: &str) {
+    assert!(!id.to_string().ends_with(name), "a panic on demand");
 }
 
 /// An answer that says "already finished" is as good as any.
