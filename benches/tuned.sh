@@ -54,7 +54,7 @@ main() {
 # build FLAG. With a target, so that what runs while building has no counters. The flag may hold a blank, RUSTFLAGS could not.
 build() {
     local flags
-    read -ra flags <<<"${RUSTFLAGS:-} "
+    read -ra flags <<<"${RUSTFLAGS:-}"
     (cd "$repo" && IFS=$'\x1f' && CARGO_ENCODED_RUSTFLAGS="${flags[*]}${flags:+$IFS}$1" \
         cargo build --release --bin "$shim" --target "$host" --target-dir "$out/build")
 }

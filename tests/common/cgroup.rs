@@ -52,7 +52,7 @@ fn unified() -> Result<Option<PathBuf>> {
     Ok(mount.and_then(|line| line.split(' ').nth(4)).map(PathBuf::from))
 }
 
-/// A cgroup that bounds how many threads the system grants one process. Dropped, the process is where it was.
+/// A cgroup that bounds how many threads the system grants one process. Dropped, it lets go of the process, into the root.
 #[derive(Debug)]
 pub struct Threads {
     folder: PathBuf,
