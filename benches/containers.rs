@@ -19,7 +19,7 @@ use std::path::Path;
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use rustix::process::Signal;
 
 use common::ctr::Client;
@@ -132,9 +132,7 @@ fn end(client: &Client<'_>, containers: Vec<common::ctr::Container<'_>>) -> Resu
 fn busybox(folder: &Path) -> Result<std::path::PathBuf> {
     let root = folder.join("busybox");
     fs::create_dir_all(root.join("bin"))?;
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
-    let Some(busybox) = busybox else { bail!("no busybox; install busybox-static") };
-    fs::copy(busybox, root.join("bin/busybox"))?;
+    fs::copy(report::busybox()?, root.join("bin/busybox"))?;
     Ok(root)
 }
 

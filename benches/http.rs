@@ -33,7 +33,8 @@ use hyper_util::rt::TokioIo;
 
 use common::containerd::Containerd;
 use common::ctr::{Client, Container};
-use common::{image, job, wait};
+use common::machine::Stretch;
+use common::{guests, image, job, wait};
 use report::{Host, at_least, at_most, median, samples, spread};
 
 const CONNECTIONS: &str = "32";
@@ -42,7 +43,11 @@ const ROUNDS: usize = 5;
 /// Of pairs that are short, so that there are enough which nobody disturbs.
 const PAIRS: usize = 15;
 const IDLE_CONTAINERS: usize = 500;
+const NATIVE_CONTAINERS: usize = 100;
+/// What has so many containers each.
+const AT_A_TIME: usize = 50;
 const LAUNCHERS: usize = 4;
+const BUSYBOX: &str = "test.local/busybox:latest";
 const SOON: Duration = Duration::from_secs(20);
 /// Tells this program to be the plain server, on the address that follows.
 const PLAIN: &str = "TROUPE_BENCH_PLAIN";
@@ -164,6 +169,7 @@ fn neighbour(host: &Host) -> Result<bool> {
 
 fn density(host: &Host) -> Result<bool> {
     let containerd = host.containerd()?;
+    let native = native_rate(&containerd.namespace("native"))?;
     let client = containerd.namespace("density");
     // The first ones pay for what all share.
     let mut served = vec![Served::start(&client, "/web.wasm", &[])?, Served::start(&client, "/web.wasm", &[])?];
@@ -173,9 +179,7 @@ fn density(host: &Host) -> Result<bool> {
     let daemon = client.daemon()?;
     let before = report::pss_kib(daemon)?;
     let offset = containerd.log_length();
-    let begin = Instant::now();
-    let containers = launch_many(&client)?;
-    let rate = IDLE_CONTAINERS as f64 / begin.elapsed().as_secs_f64();
+    let (containers, rate) = launch_many(IDLE_CONTAINERS, || Served::launch(&client, "/web.wasm", &[]))?;
     for container in containers {
         let addr = addr_of(containerd, offset, &container.id)?;
         served.push(Served { addr, _container: container });
@@ -188,21 +192,49 @@ fn density(host: &Host) -> Result<bool> {
     println!(
         "{IDLE_CONTAINERS} http containers in a daemon of {before} KiB; {used:.0} KiB each after a request to all"
     );
+    println!("native containers started the same way, by runc: {native:.1} a second");
     let mut kept = at_most("PSS of a further idle http container", idle, "KiB", 100.0);
     kept &= at_least("http containers started by ctr run -d", rate, "/s", 30.0);
     Ok(kept)
 }
 
-/// By several clients at once, as a kubelet would.
-fn launch_many<'a>(client: &Client<'a>) -> Result<Vec<Container<'a>>> {
-    std::thread::scope(|scope| {
-        let some = || (0..IDLE_CONTAINERS / LAUNCHERS).map(|_| Served::launch(client, "/web.wasm", &[])).collect();
+/// Native containers a second, with an image and the host's network as those of wasm.
+fn native_rate(client: &Client<'_>) -> Result<f64> {
+    let busybox = format!("{}:/bin/busybox", report::busybox()?.display());
+    client.import(BUSYBOX, &image::pack("busybox", &[&guests::built("hello.wasm")?], &["--file", &busybox])?)?;
+    let sleeper = || client.image(BUSYBOX, &["/bin/busybox", "sleep", "600"]).runtime("io.containerd.runc.v2");
+    let (containers, rate) = launch_many(NATIVE_CONTAINERS, || sleeper().flag("--net-host").detached())?;
+    drop(containers);
+    Ok(rate)
+}
+
+/// By several clients at once, as a kubelet would; and how many a second, while the cores were there.
+fn launch_many<'a>(
+    count: usize,
+    launch: impl Fn() -> Result<Container<'a>> + Sync,
+) -> Result<(Vec<Container<'a>>, f64)> {
+    let (stretch, begin) = (Stretch::begin()?, Instant::now());
+    let one = || Ok((begin.elapsed(), stretch.stolen()?, launch()?));
+    let some = || (0..count / LAUNCHERS).map(|_| one()).collect();
+    let mut launched = std::thread::scope(|scope| {
         let launchers: Vec<_> = (0..LAUNCHERS).map(|_| scope.spawn(some)).collect();
         let joined =
             launchers.into_iter().map(|launcher| launcher.join().map_err(|_| anyhow!("a launcher panicked"))?);
         let launched = joined.collect::<Result<Vec<Vec<_>>>>()?;
-        Ok(launched.into_iter().flatten().collect())
-    })
+        Ok::<_, anyhow::Error>(launched.into_iter().flatten().collect::<Vec<_>>())
+    })?;
+    let (end, stolen) = (begin.elapsed(), stretch.stolen()?);
+    launched.sort_by_key(|(begun, ..)| *begun);
+    println!("{count} containers in {end:.1?}, of which {stolen:.1?} of a core were stolen");
+    // From the beginning of one to that of another, some later.
+    let marks = launched.iter().map(|(begun, stolen, _)| (*begun, *stolen)).step_by(AT_A_TIME).chain([(end, stolen)]);
+    let marks: Vec<_> = marks.collect();
+    let mut parts: Vec<_> = marks.windows(2).map(|pair| (pair[1].1 - pair[0].1, pair[1].0 - pair[0].0)).collect();
+    parts.sort();
+    parts.truncate(parts.len().div_ceil(2));
+    let time: Duration = parts.iter().map(|(_, time)| *time).sum();
+    let rate = (parts.len() * AT_A_TIME) as f64 / time.as_secs_f64();
+    Ok((launched.into_iter().map(|(.., container)| container).collect(), rate))
 }
 
 /// A container that serves.

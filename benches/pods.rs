@@ -68,8 +68,7 @@ fn ready(host: &Host) -> Result<bool> {
     let kubelet = Kubelet::connect(containerd)?;
     let page = containerd.folder().join("index.html");
     fs::write(&page, "hello\n")?;
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| std::path::Path::new(path).exists());
-    let busybox = format!("{}:/bin/busybox", busybox.context("no busybox; install busybox-static")?);
+    let busybox = format!("{}:/bin/busybox", report::busybox()?.display());
     let page = format!("{}:/www/index.html", page.display());
     let hello = guests::built("hello.wasm")?;
     let tar = image::pack("busybox", &[&hello], &["--file", &busybox, "--file", &page])?;

@@ -12,6 +12,7 @@
 
 use std::cell::OnceCell;
 use std::fs;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
@@ -130,6 +131,12 @@ pub fn samples<T>(count: usize, mut take: impl FnMut() -> Result<T>) -> Result<V
 /// Proportional set size in KiB: shared pages counted by share.
 pub fn pss_kib(pid: u32) -> Result<u64> {
     proc::memory_kib(pid, "Pss:")
+}
+
+/// A static busybox of the machine: what native containers run.
+pub fn busybox() -> Result<&'static Path> {
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(Path::new).find(|path| path.exists());
+    busybox.context("no busybox; install busybox-static")
 }
 
 /// The middle one.
