@@ -10,27 +10,30 @@ SHIM := containerd-shim-wasmtime-v1
 # The name that older wasm shims were known by.
 ALIAS := containerd-shim-wasm-v1
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-BUILT = $(TARGET)/$(if $(TUNED),tuned,release)/$(SHIM)
+BUILT := $(TARGET)/release/$(SHIM)
+# By what the shim's requests do, if the profile is of this compiler.
+CARGO := benches/profile.sh cargo
 # The tests' own host functions; never in a binary that is installed.
 TEST := cargo test --workspace --features test-hooks
 
 .DEFAULT_GOAL := help
-.PHONY: help build tuned check test bench demo install uninstall guests clean packages containerds protoc
+.PHONY: help build profile check test bench demo install uninstall guests clean packages containerds protoc
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: protoc ## Build the shim and the image builder for use (release profile)
-	cargo build --release --bins
+	$(CARGO) build --release --bins
 
-tuned: packages containerds guests ## Build the shim by what its requests do, as root: a sixth faster (an hour; see README)
-	benches/tuned.sh "$(TARGET)/tuned"
+profile: packages containerds guests ## Count anew what the shim's requests do, for the compiler; as root (half an hour; see benches/profile.sh)
+	benches/profile.sh count
 
 check: protoc ## Formatting, lints, documentation and licences; warnings are errors
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features test-hooks -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
 	.ci/licences
+	benches/profile.sh check
 
 # The integration tests come last: theirs is the summary line to look at.
 test: packages containerds guests ## Install what is missing, then run all tests (root, Debian or Ubuntu)
@@ -38,10 +41,9 @@ test: packages containerds guests ## Install what is missing, then run all tests
 	$(TEST) --doc
 	$(TEST) --no-fail-fast --bins --test '*'
 
-ifdef TUNED
+# Not the shim that cargo builds beside a bench, whose packages have other features.
 bench: export TROUPE_SHIM = $(abspath $(BUILT))
-endif
-bench: packages containerds guests ## Measure speed and memory; figures on standard output; TUNED=1: of what `make tuned` built
+bench: build packages containerds guests ## Measure speed and memory; figures on standard output
 	cargo bench --bench containers
 	cargo bench --bench cache
 	cargo bench --bench http
@@ -50,8 +52,8 @@ bench: packages containerds guests ## Measure speed and memory; figures on stand
 demo: ## Run a guest under a private containerd and show its logs
 	examples/demo.sh
 
-install: protoc ## Install the shim below PREFIX (default /usr/local), print what containerd needs; TUNED=1: what `make tuned` built
-	$(if $(TUNED),@[ -x "$(BUILT)" ] || { echo "there is no $(BUILT): first make tuned" >&2; exit 1; },cargo build --release --bin $(SHIM))
+install: protoc ## Install the shim below PREFIX (default /usr/local), print what containerd needs
+	$(CARGO) build --release --bin $(SHIM)
 	install -D -m 0755 "$(BUILT)" "$(DESTDIR)$(PREFIX)/bin/$(SHIM)"
 	ln -sf $(SHIM) "$(DESTDIR)$(PREFIX)/bin/$(ALIAS)"
 	@cat .ci/containerd.txt

@@ -1,36 +1,121 @@
 #!/usr/bin/env bash
-# Builds the shim for what its requests do (`make tuned`; profile-guided optimisation): once with counters, which a minute of
-# load fills, and once more by what they counted. The compiler then knows which code belongs together and which way most
-# branches go. Two whole builds, three quarters of an hour on two cores; as root, because a containerd runs in between.
+# Profile-guided optimisation: the compiler learns from a minute of load which code of the shim belongs together and which way
+# most branches go. What was counted is in `profile/`, for each platform
 #
-#     benches/tuned.sh DIR      makes DIR/containerd-shim-wasmtime-v1
+#     x86_64-unknown-linux-gnu.profdata.gz      the counts
+#     x86_64-unknown-linux-gnu.counted-with     the compiler and the packages that they are of
 #
-# Code that the load does not reach is built as ever. Settings, from the environment: TROUPE_CACHE and TROUPE_GUESTS, as in
-# the Makefile.
+# Only the compiler that counted can be relied on to read them. The names of functions have a hash of the packages below them,
+# so that where a package is another one, what depends on it is built as ever; so is code whose own branches have changed.
+#
+#     profile.sh cargo ARG...   cargo, by the profile if it is of this compiler (`make build`)
+#     profile.sh check          says how well the profile fits; fails if it cannot be read
+#     profile.sh count          makes the profile anew (`make profile`): builds with counters, runs servers under a containerd of
+#                               its own, writes `profile/`; as root, 25 minutes on two cores
+#
+# Settings, from the environment: CARGO_TARGET_DIR, RUSTFLAGS as cargo has them; TROUPE_CACHE, TROUPE_GUESTS as the Makefile.
 set -euo pipefail
 
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-out=$(mkdir -p "${1:?usage: tuned.sh DIR}" && cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+host=$(rustc -vV | sed -n 's/^host: //p')
+counts=benches/profile/$host.profdata.gz
+counted_with=benches/profile/$host.counted-with
+target=$(mkdir -p "${CARGO_TARGET_DIR:-target}/profile" && cd "${CARGO_TARGET_DIR:-target}" && pwd)
+
 shim=containerd-shim-wasmtime-v1
 containerd_bin=${TROUPE_CACHE:-$HOME/.cache/troupe}/containerds/2.1/usr/bin
 guests=${TROUPE_GUESTS:-$HOME/.cache/troupe/guests}
-host=$(rustc -vV | sed -n 's/^host: //p')
 seconds=5
-me=tuned
-source "$repo/examples/containerd.sh"
+me=profile
+source examples/containerd.sh
 
 main() {
-    local profdata profile
+    case ${1-} in
+    cargo) shift && by_profile "$@" ;;
+    check)
+        tell_fit
+        unpack >/dev/null
+        ;;
+    count) count ;;
+    *) echo "usage: profile.sh cargo ARG... | check | count" >&2 && exit 2 ;;
+    esac
+}
+
+by_profile() {
+    local profile
+    tell_fit >&2
+    of_this_compiler || exec cargo "$@"
+    profile=$(unpack)
+    # A function that has changed since is no matter.
+    with_flags "-Cprofile-use=$profile" -Cllvm-args=-no-pgo-warn-mismatch -- "$@"
+}
+
+# with_flags FLAG... -- ARG...: cargo with the environment's flags and these, which may hold blanks.
+with_flags() {
+    local flags
+    if [ -n "${CARGO_ENCODED_RUSTFLAGS:-}" ]; then
+        IFS=$'\x1f' read -ra flags <<<"$CARGO_ENCODED_RUSTFLAGS"
+    else
+        read -ra flags <<<"${RUSTFLAGS:-}"
+    fi
+    while [ "$1" != -- ]; do flags+=("$1") && shift; done
+    shift
+    (IFS=$'\x1f' && CARGO_ENCODED_RUSTFLAGS="${flags[*]}" exec cargo "$@")
+}
+
+# The compiler, then all packages of the shim with their features.
+builds_with() {
+    rustc -V
+    cargo tree --locked --edges normal,build --prefix none --format '{p} {f}' |
+        sed 's/ (\*)$//; s/ ([^)]*\/[^)]*)//; s/ *$//' | LC_ALL=C sort -u
+}
+
+of_this_compiler() { [ "$(head -n 1 "$counted_with" 2>/dev/null)" = "$(rustc -V)" ]; }
+
+tell_fit() {
+    local packages others
+    if [ ! -e "$counted_with" ]; then
+        echo "profile: there is none for $host: built without, a sixth slower; make profile makes one"
+    elif ! of_this_compiler; then
+        echo "profile: it is of $(head -n 1 "$counted_with"), this is $(rustc -V): built without, a sixth slower"
+    else
+        packages=$(builds_with)
+        others=$(diff "$counted_with" - <<<"$packages" | grep '^[<>]' || true)
+        [ -z "$others" ] || printf 'profile: made with other packages; what uses them is built without (make profile):\n%s\n' "$others"
+    fi
+}
+
+# Prints where the counts are, if they are of this compiler. The file is named by what is in it, or cargo would not see that it
+# is another one.
+unpack() {
+    local file warnings
+    of_this_compiler || return 0
+    file=$target/profile/$(sha256sum <"$counts" | cut -c 1-16).profdata
+    if [ ! -e "$file" ]; then
+        gzip -dc "$counts" >"$file.$$" && mv "$file.$$" "$file" || { rm -f "$file.$$" && fail "$counts is damaged"; }
+    fi
+    # The compiler takes what it cannot read for a warning.
+    warnings=$(echo 'pub fn f() {}' |
+        rustc --crate-type lib --crate-name profile --emit obj --out-dir "$target/profile" "-Cprofile-use=$file" - 2>&1)
+    [ -z "$warnings" ] || fail "$counts: $warnings"
+    echo "$file"
+}
+
+count() {
+    local profdata
     [ "$(id -u)" = 0 ] || fail "a containerd has to run as root: run this as root"
     profdata=$(rustc --print sysroot)/lib/rustlib/$host/bin/llvm-profdata
     [ -x "$profdata" ] || rustup component add llvm-tools || fail "there is no $profdata: add rustup's component llvm-tools"
 
     step "Building the shim with counters"
-    rm -rf "$out/counts"
-    build "-Cprofile-generate=$out/counts"
+    with_flags "-Cprofile-generate=$target/profile/counts" -- build --release --locked --bin "$shim"
+    # What ran while it was built has counted, too.
+    rm -rf "$target/profile/counts"
     step "Starting a containerd, and servers that count"
     begin
-    start_containerd "$out/build/$host/release"
+    mkdir "$work/bin"
+    cp "$target/release/$shim" "$work/bin"
+    start_containerd "$work/bin"
     serve hello hello-http.wasm
     serve web web.wasm
     serve reused web.wasm --env WASMTIME_HTTP_PROXY_INSTANCE_REUSE=1000
@@ -40,23 +125,13 @@ main() {
     load hello / web /hello reused /hello
     programs
     stop
-    step "Building the shim by what was counted"
-    "$profdata" merge --sparse --output "$out/profile" "$out"/counts/*.profraw
-    rm -f "$out"/*.profdata
-    # Named by what is in it, or cargo would not see that it is another one.
-    profile=$out/$(sha256sum <"$out/profile" | cut -c 1-16).profdata
-    mv "$out/profile" "$profile"
-    build "-Cprofile-use=$profile"
-    install -m 0755 "$out/build/$host/release/$shim" "$out/$shim"
-    say "$out/$shim"
-}
-
-# build FLAG. With a target, so that what runs while building has no counters. The flag may hold a blank, RUSTFLAGS could not.
-build() {
-    local flags
-    read -ra flags <<<"${RUSTFLAGS:-}"
-    (cd "$repo" && IFS=$'\x1f' && CARGO_ENCODED_RUSTFLAGS="${flags[*]}${flags:+$IFS}$1" \
-        cargo build --release --bin "$shim" --target "$host" --target-dir "$out/build")
+    step "Packing what was counted"
+    "$profdata" merge --sparse --output "$work/profdata" "$target"/profile/counts/*.profraw
+    mkdir -p "${counts%/*}"
+    gzip -9nc "$work/profdata" >"$counts"
+    builds_with >"$counted_with"
+    unpack >/dev/null
+    say "$counts"
 }
 
 # serve ID GUEST [OPTION]...
@@ -102,7 +177,7 @@ stop() {
         ctr container rm "$id"
     done
     within 30 "the shim's process ends" no_daemon
-    compgen -G "$out/counts/*.profraw" >/dev/null || fail "nothing was counted"
+    compgen -G "$target/profile/counts/*.profraw" >/dev/null || fail "nothing was counted"
 }
 
 # container [OPTION]... GUEST ID [ARG]...

@@ -40,7 +40,7 @@ prepare() {
     bin=${TROUPE_BIN:-}
     if [ -z "$bin" ]; then
         step "Building the shim (release profile; many minutes the first time)"
-        (cd "$repo" && cargo build --release --workspace --bins)
+        "$repo/benches/profile.sh" cargo build --release --workspace --bins
         bin=$(cd "$repo" && cd "${CARGO_TARGET_DIR:-target}/release" && pwd)
     fi
     [ -x "$bin/$shim" ] && [ -x "$bin/oci-tar-builder" ] || fail "$bin does not hold $shim and oci-tar-builder"
