@@ -20,6 +20,7 @@ mod suite {
     pub mod greedy;
     pub mod groups;
     pub mod hostile;
+    pub mod http_capacity;
     pub mod http_drain;
     pub mod http_failures;
     pub mod http_guest;
@@ -97,6 +98,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_drain", suite::http_drain::CASES),
     ("http_limits", suite::http_limits::CASES),
     ("http_failures", suite::http_failures::CASES),
+    ("http_capacity", suite::http_capacity::CASES),
     ("http_load", suite::http_load::CASES),
     ("http_outgoing", suite::http_outgoing::CASES),
     ("http_hostile", suite::http_hostile::CASES),
@@ -131,6 +133,7 @@ const ON_CGROUP_2: &[(&str, Cases)] =
 const ON_NEWEST: &[(&str, Cases)] = &[
     ("http_guest", suite::http_guest::NEWEST),
     ("http_limits", suite::http_limits::NEWEST),
+    ("http_capacity", suite::http_capacity::NEWEST),
     ("http_hostile", suite::http_hostile::NEWEST),
 ];
 /// Not on the oldest, whose `ctr` cannot ask for it.

@@ -1,7 +1,8 @@
 //! Nothing of one request is to be found by another: not in memory, not in what the host tells it.
 //!
 //! The guest fills its memory with a secret (statics, heap, stack), and a later one looks at every byte of its own. Slots
-//! of memory pass from request to request and, in one process, from container to container.
+//! of memory pass from request to request and, in one process, from container to container. So do tables, which another
+//! guest fills with functions.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -19,12 +20,16 @@ use crate::common::site::{self, Site};
 pub const CASES: crate::common::Cases = &[
     ("no_memory_passes_to_another_request", memory),
     ("memory_that_grows_is_empty", growth),
+    ("no_table_passes_to_another_request", tables),
     ("a_reused_instance_shows_that_the_search_finds", proof),
     ("headers_and_ids_are_a_requests_own", heads),
     ("environments_are_a_containers_own", environments),
 ];
 
-const BOUNDS_CHECKS: [&str; 2] = ["explicit", "guarded"];
+pub const BOUNDS_CHECKS: [&str; 2] = ["explicit", "guarded"];
+
+/// The guest that says with its status what it found in its table.
+pub const TABLE: &str = "/table.wasm";
 
 /// Of no other client, and not made of bytes that any program has.
 fn secret(number: usize) -> String {
@@ -101,6 +106,47 @@ fn growth(containerd: &Containerd) -> Outcome {
             }
             ensure!(grown > 0, "{bounds_checks}: no instance looked at what it had grown");
             Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Each request finds its table as the program has it, and leaves it larger and full. Where one instance serves two, the
+/// second says so.
+fn tables(containerd: &Containerd) -> Outcome {
+    let client = containerd.namespace("http");
+    for bounds_checks in BOUNDS_CHECKS {
+        let start = |reuse| {
+            let settings = [("BOUNDS_CHECKS", bounds_checks), ("INSTANCE_REUSE", reuse)];
+            Site::start(site::with(client.guest(TABLE, &[])?, &settings))
+        };
+        let (fresh, reused) = (start("1")?, start("2")?);
+        http::block_on(async {
+            let mut clients = JoinSet::new();
+            for number in 0..4 {
+                let addr = fresh.addr;
+                clients.spawn(async move {
+                    let mut connection = Connection::open(addr, BOTH[number % 2]).await?;
+                    for _ in 0..25 {
+                        connection.get("/").await?.expect(200, "")?;
+                    }
+                    anyhow::Ok(())
+                });
+            }
+            while let Some(client) = clients.join_next().await {
+                client?.context(bounds_checks)?;
+            }
+            let mut connection = Connection::open(reused.addr, BOTH[0]).await?;
+            let mut found = 0;
+            // An instance that is not back in time serves no other.
+            for _ in 0..10 {
+                let answer = connection.get("/").await?;
+                ensure!([200, 411].contains(&answer.status.as_u16()), "{bounds_checks}: {answer:?}");
+                found += usize::from(answer.status == 411);
+            }
+            ensure!(found > 0, "{bounds_checks}: no instance saw what it had left itself");
+            // In the slots that these have left.
+            http::get(fresh.addr, BOTH[1], "/").await?.expect(200, "").context(bounds_checks)
         })?;
     }
     Ok(())

@@ -247,9 +247,12 @@ fn cramped() -> Outcome {
         for number in 0..8 {
             clients.spawn(async move {
                 let mut connection = Connection::open(addr, http::BOTH[number % 2]).await?;
+                let secret = format!("known to client {number} and to nobody else");
                 for _ in 0..20 {
                     connection.get("/static-counter").await?.expect(200, "1\n")?;
                     connection.get("/alloc?bytes=3000000").await?.expect(200, "3000000\n")?;
+                    connection.post("/remember", secret.clone()).await?.expect(200, "ok\n")?;
+                    connection.post("/search", secret.clone()).await?.expect(200, "found 0\n")?;
                 }
                 anyhow::Ok(())
             });

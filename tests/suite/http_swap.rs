@@ -10,9 +10,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::http_isolation::{BOUNDS_CHECKS, TABLE};
 use crate::common::containerd::Containerd;
 use crate::common::http::{self, Protocol};
-use crate::common::site;
+use crate::common::site::{self, Site};
 use crate::common::{Outcome, SOON, base, job, proc, wait};
 
 pub const NEWEST: crate::common::Cases =
@@ -40,11 +41,21 @@ async fn visit(addr: std::net::SocketAddr, path: &str, expected: &str) -> Outcom
 
 fn changed(containerd: &Containerd) -> Outcome {
     let offset = containerd.log_length();
-    let site = site::web(&containerd.namespace("swap"), &[])?;
+    let client = containerd.namespace("swap");
+    let mut sites = Vec::new();
+    for bounds_checks in BOUNDS_CHECKS {
+        let settings = [("BOUNDS_CHECKS", bounds_checks)];
+        let table = Site::start(site::with(client.guest(TABLE, &[])?, &settings))?;
+        sites.push((bounds_checks, site::web(&client, &settings)?, table));
+    }
     let remember_and_search = || {
         http::block_on(async {
-            visit(site.addr, "/remember", "ok\n").await?;
-            visit(site.addr, "/search", "found 0\n").await
+            for (bounds_checks, web, table) in &sites {
+                visit(web.addr, "/remember", "ok\n").await?;
+                visit(web.addr, "/search", "found 0\n").await.context(*bounds_checks)?;
+                http::get(table.addr, Protocol::One, "/").await?.expect(200, "").context(*bounds_checks)?;
+            }
+            Ok(())
         })
     };
     remember_and_search()?;
@@ -52,18 +63,25 @@ fn changed(containerd: &Containerd) -> Outcome {
     wait::until_true("the daemon to notice the swap", SOON, || {
         Ok(containerd.whole_log_since(offset).contains("cleaned by remapping"))
     })?;
-    // The program has moved to another pool: it serves as before, and forgets as before.
+    // The programs have moved to other pools: they serve as before, and forget as before.
     for _ in 0..20 {
         remember_and_search()?;
     }
-    site.drain("SIGTERM", 0).map(drop)
+    sites.iter().flat_map(|(_, web, table)| [web, table]).try_for_each(|site| site.drain("SIGTERM", 0).map(drop))
+}
+
+fn swapped_out(containerd: &Containerd) -> Outcome {
+    let _swap = Swap::on()?;
+    BOUNDS_CHECKS.into_iter().try_for_each(|bounds_checks| {
+        let site = site::web(&containerd.namespace("swapped"), &[("BOUNDS_CHECKS", bounds_checks)])?;
+        page_out_and_search(&site).context(bounds_checks)?;
+        site.drain("SIGTERM", 0).map(drop)
+    })
 }
 
 /// Everything that requests in flight have written leaves memory; then they end, and others get their slots.
-fn swapped_out(containerd: &Containerd) -> Outcome {
+fn page_out_and_search(site: &Site<'_>) -> Outcome {
     const HOLDERS: usize = 8;
-    let _swap = Swap::on()?;
-    let site = site::web(&containerd.namespace("swapped"), &[])?;
     let daemon = site.container.daemon()?;
     for round in 1..=3 {
         http::block_on(async {
@@ -85,7 +103,7 @@ fn swapped_out(containerd: &Containerd) -> Outcome {
             anyhow::Ok(())
         })?;
     }
-    site.drain("SIGTERM", 0).map(drop)
+    Ok(())
 }
 
 /// A swap area of the test's own; `None` where the machine has one.
