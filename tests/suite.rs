@@ -21,6 +21,7 @@ mod suite {
     pub mod groups;
     pub mod hostile;
     pub mod http_capacity;
+    pub mod http_concurrent;
     pub mod http_drain;
     pub mod http_failures;
     pub mod http_guest;
@@ -131,6 +132,7 @@ const ON_CGROUP_2: &[(&str, Cases)] =
     &[("pods_cgroup", suite::pods_cgroup::CASES), ("pods_life", suite::pods_life::CASES)];
 /// On the newest only: they are about the guest or the machine, and take long.
 const ON_NEWEST: &[(&str, Cases)] = &[
+    ("http_concurrent", suite::http_concurrent::NEWEST),
     ("http_guest", suite::http_guest::NEWEST),
     ("http_limits", suite::http_limits::NEWEST),
     ("http_capacity", suite::http_capacity::NEWEST),

@@ -124,6 +124,14 @@ impl Connection {
         })
     }
 
+    /// HTTP/2 whose answers come in pieces of at most `window` bytes each time the client has read.
+    pub async fn open_narrow(addr: SocketAddr, window: u32) -> Result<Self> {
+        let stream = soon("a connection", TcpStream::connect(addr)).await?;
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        let (sender, driver) = builder.initial_stream_window_size(window).handshake(TokioIo::new(stream)).await?;
+        Ok(Self { addr, sender: Sender::Two(sender), driver: tokio::spawn(driver) })
+    }
+
     /// The head of the answer.
     pub async fn send(&mut self, request: Request<Outgoing>) -> Result<Response<Incoming>> {
         self.send_within(SOON, request).await

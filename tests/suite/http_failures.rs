@@ -84,8 +84,7 @@ impl<'a, 'b> Teller<'a, 'b> {
         let start = format!("request {} {plain}: ", self.number);
         let log = self.site.wait_log(&start)?;
         let lines: Vec<&str> = log.lines().filter(|line| line.starts_with(&start)).collect();
-        let told = log.split_once(&start).map(|(_, told)| told).unwrap_or_default();
-        ensure!(lines.len() == 1 && told.contains(cause), "expected {cause:?} once in {log:?}");
+        ensure!(lines.len() == 1 && lines[0].contains(cause), "expected {cause:?} once in {log:?}");
         let number = format!("request={} ", self.number);
         let line = wait::until("the daemon's line", SOON, || {
             Ok(self.site.lines().into_iter().find(|line| line.contains(&number)))
@@ -108,6 +107,9 @@ fn no_answer(containerd: &Containerd) -> Outcome {
                 ("/exit?code=0", "exit"),
                 ("/never", "without an answer"),
                 ("/error", "on demand"),
+                ("/status?code=100", "cannot be the last"),
+                ("/status?code=101", "cannot be the last"),
+                ("/status?code=103", "cannot be the last"),
             ] {
                 let seen = teller.ask(protocol, path, cause).await?;
                 ensure!(seen == Seen::Status(500), "{protocol:?} {path}: {seen:?}");

@@ -34,7 +34,8 @@ pub const CASES: crate::common::Cases = &[
     ("an_address_in_use_refuses_the_start", address_in_use),
 ];
 
-pub const NEWEST: crate::common::Cases = &[("javascript_and_python_are_served", toolchains)];
+pub const NEWEST: crate::common::Cases =
+    &[("javascript_and_python_are_served", toolchains), ("no_line_of_the_access_log_is_lost", access_log_of_many)];
 
 async fn inspect(connection: &mut Connection, request: Request<http::Outgoing>) -> Result<Value> {
     let answer = connection.fetch(request).await?;
@@ -228,6 +229,34 @@ fn access_log(containerd: &Containerd) -> Outcome {
             let line = lines.iter().find(|line| line["target"] == format!("/trap?n={number}")).context("a line")?;
             ensure!(line["status"] == 500, "{line}");
         }
+        Ok(())
+    })
+}
+
+/// More at once than the blocking thread that writes the file keeps up with.
+fn access_log_of_many(containerd: &Containerd) -> Outcome {
+    const CLIENTS: usize = 32;
+    const EACH: usize = 200;
+    serving(containerd, &[("ACCESS_LOG", "on")], async |site| {
+        let mut clients = tokio::task::JoinSet::new();
+        for number in 0..CLIENTS {
+            let addr = site.addr;
+            clients.spawn(async move {
+                let mut connection = Connection::open(addr, BOTH[number % 2]).await?;
+                for _ in 0..EACH {
+                    connection.get("/hello").await?.expect(200, "hello\n")?;
+                }
+                anyhow::Ok(())
+            });
+        }
+        while let Some(client) = clients.join_next().await {
+            client??;
+        }
+        site.told("\"target\":\"/hello\"", CLIENTS * EACH).await?;
+        let log = site.log();
+        let lines = log.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+        let numbers: HashSet<_> = lines.iter().map(|line| line["request"].as_u64()).collect();
+        ensure!(numbers.len() == CLIENTS * EACH, "{} different numbers", numbers.len());
         Ok(())
     })
 }

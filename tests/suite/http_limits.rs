@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
+use http_body_util::BodyExt as _;
 use hyper::body::Frame;
 use hyper::http::{HeaderValue, Method};
 
@@ -19,6 +20,7 @@ use crate::common::{Outcome, SOON, wait};
 pub const CASES: crate::common::Cases = &[
     ("a_request_that_takes_too_long_is_504", timeout),
     ("past_its_time_a_body_breaks_off", timeout_after_head),
+    ("past_its_time_an_answer_that_is_read_slowly_breaks_off", timeout_of_reader),
     ("a_slow_head_is_not_waited_for", slow_head),
     ("a_body_that_stops_coming_is_not_waited_for", slow_body),
     ("a_client_that_does_not_read_is_cut", slow_reader),
@@ -89,6 +91,25 @@ fn timeout_after_head(containerd: &Containerd) -> Outcome {
             ensure!(text.contains("chunked") && text.ends_with("6\r\nfirst\n\r\n"), "{path}: {text:?}");
             ensure!(end != End::Open, "{path}: the connection is kept");
         }
+        Ok(())
+    })
+}
+
+/// Its guest has ended long before, and the client reads in time for every other limit.
+fn timeout_of_reader(containerd: &Containerd) -> Outcome {
+    const LENGTH: usize = 900_000;
+    serving(containerd, &[("REQUEST_TIMEOUT", "500ms"), ONE_PLACE], async |site| {
+        let mut slow = Connection::open_narrow(site.addr, 1000).await?;
+        let request = slow.request(Method::GET, &format!("/big?bytes={LENGTH}"), http::empty())?;
+        let mut body = slow.send(request).await?.into_body();
+        let (begun, mut read) = (Instant::now(), 0);
+        while let Some(Ok(frame)) = http::soon("a piece", async { anyhow::Ok(body.frame().await) }).await? {
+            read += frame.data_ref().map_or(0, Bytes::len);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        ensure!(read < LENGTH && begun.elapsed() < 2 * PROMPT, "{read} bytes in {:?}", begun.elapsed());
+        free(site.addr).await?;
+        ensure!(site.log().contains("/big: the request timed out"), "{:?}", site.log());
         Ok(())
     })
 }
@@ -327,6 +348,18 @@ fn leaves(containerd: &Containerd) -> Outcome {
             drop(begun);
             free(site.addr).await.with_context(|| format!("HTTP/2 {path}"))?;
             streams.get("/hello").await?.expect(200, "hello\n")?;
+        }
+        // Behind what it sent and nobody reads, as far as that has come.
+        let upload = format!("Content-Length: 9000000\r\n\r\n{}", "a".repeat(30_000));
+        let question = "Content-Length: 9\r\nExpect: 100-continue\r\n\r\n".to_owned();
+        let another = "\r\nGET /hello HTTP/1.1\r\nHost: a\r\n\r\n".to_owned();
+        for (what, rest) in [("upload", upload), ("question", question), ("another", another)] {
+            let mut stream = http::socket(site.addr)?;
+            let head = format!("POST /sleep?ms=60000&say={what} HTTP/1.1\r\nHost: a\r\n");
+            stream.write_all((head + &rest).as_bytes())?;
+            site.told(what, 1).await?;
+            drop(stream);
+            free(site.addr).await.context(what)?;
         }
         Ok(())
     })

@@ -4,9 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::common::containerd::Containerd;
+use crate::common::ctr::Client;
 use crate::common::http::{self, Answer, Connection, Protocol};
 use crate::common::job::{self, Job};
 use crate::common::site::{self, Site};
@@ -25,17 +26,29 @@ const TLS: &str = "[req]\ndistinguished_name = name\n[name]\n\
     [ca]\nbasicConstraints = critical, CA:TRUE\nkeyUsage = keyCertSign\n\
     [server]\nbasicConstraints = CA:FALSE\nsubjectAltName = DNS:localhost\n";
 
+/// Of WASI 0.2 and 0.3, whose requests come to the client by other ways.
+const GUESTS: [&str; 2] = [site::WEB, "/web3.wasm"];
+
+fn server<'a>(client: &Client<'a>, guest: &str, settings: &[(&str, &str)]) -> Result<Site<'a>> {
+    Site::start(site::with(client.guest(guest, &[])?, settings))
+}
+
 fn fetches(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("http");
-    let (front, back) = (site::web(&client, &[])?, site::web(&client, &[])?);
-    http::block_on(async {
-        for _ in 0..3 {
-            fetch(&front, &format!("http://{}/hello", back.addr)).await?.expect(200, "hello\n")?;
-        }
-        let missing = fetch(&front, &format!("http://{}/nowhere", back.addr)).await?;
-        ensure!(missing.status == 404 && missing.header("x-error").is_none(), "{missing:?}");
-        Ok(())
-    })
+    let back = site::web(&client, &[])?;
+    for guest in GUESTS {
+        let front = server(&client, guest, &[])?;
+        http::block_on(async {
+            for _ in 0..3 {
+                fetch(&front, &format!("http://{}/hello", back.addr)).await?.expect(200, "hello\n")?;
+            }
+            let missing = fetch(&front, &format!("http://{}/nowhere", back.addr)).await?;
+            ensure!(missing.status == 404 && missing.header("x-error").is_none(), "{missing:?}");
+            Ok(())
+        })
+        .context(guest)?;
+    }
+    Ok(())
 }
 
 fn streams(containerd: &Containerd) -> Outcome {
@@ -66,14 +79,18 @@ fn policy(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("http");
     let back = site::web(&client, &[])?;
     let url = format!("http://{}/hello", back.addr);
-    let (none, other) =
-        (site::web(&client, &[("OUTGOING", "none")])?, site::web(&client, &[("OUTGOING", "a.example")])?);
-    let listed = site::web(&client, &[("OUTGOING", &format!("a.example,{}", back.addr))])?;
-    http::block_on(async {
-        error(&fetch(&none, &url).await?, "HttpRequestDenied")?;
-        error(&fetch(&other, &url).await?, "HttpRequestDenied")?;
-        fetch(&listed, &url).await?.expect(200, "hello\n")
-    })
+    for guest in GUESTS {
+        let allowing = |hosts: &str| server(&client, guest, &[("OUTGOING", hosts)]);
+        let (none, other) = (allowing("none")?, allowing("a.example")?);
+        let listed = allowing(&format!("a.example,{}", back.addr))?;
+        http::block_on(async {
+            error(&fetch(&none, &url).await?, "HttpRequestDenied")?;
+            error(&fetch(&other, &url).await?, "HttpRequestDenied")?;
+            fetch(&listed, &url).await?.expect(200, "hello\n")
+        })
+        .context(guest)?;
+    }
+    Ok(())
 }
 
 /// A server of openssl's, and images with and without its authority among their certificates.

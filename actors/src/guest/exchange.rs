@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
+use http::StatusCode;
 use http::response::Parts;
 use http_body::{Body, Frame};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
@@ -36,6 +37,9 @@ pub enum Failure {
     /// It returned without an answer, or without finishing its body.
     #[error("the guest returned without {0}")]
     Silent(&'static str),
+    /// It answered with a status that only goes before an answer (RFC 9110, section 15.2).
+    #[error("the guest answered with the status {0}, which cannot be the last")]
+    Provisional(StatusCode),
     /// It answered with an error of `wasi:http` instead of a response.
     #[error("the guest answered with the error {0}")]
     Refused(String),
@@ -220,11 +224,11 @@ impl Exchange {
         state.wake();
     }
 
-    /// Waits until the client has taken enough.
-    pub(super) fn poll_room(&self, cx: &Context<'_>) -> Poll<()> {
+    /// Waits until the client has taken enough; false when nobody takes more.
+    pub(super) fn poll_room(&self, cx: &Context<'_>) -> Poll<bool> {
         let mut state = self.lock();
         if state.left.len() < ROOM || state.end.is_some() {
-            return Poll::Ready(());
+            return Poll::Ready(state.end.is_none());
         }
         state.writer = Some(cx.waker().clone());
         Poll::Pending

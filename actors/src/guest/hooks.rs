@@ -107,6 +107,10 @@ impl WasiHttpHooks for Hooks {
         BODY_CHUNK
     }
 
+    fn p3_outgoing_body_chunk_size(&mut self) -> usize {
+        BODY_CHUNK
+    }
+
     fn send_request(
         &mut self,
         request: http::Request<WasiBody>,
@@ -120,7 +124,15 @@ impl WasiHttpHooks for Hooks {
         Box::new(async move {
             let Exchange { response, upload } = sending.await.map_err(unsent)?;
             let response = response.map(|body| body.map_err(error).boxed_unsync());
-            let io: Io = Box::new(async move { upload.sent().await.map_err(unsent) });
+            let io: Io = Box::new(async move {
+                let sent = upload.sent().await.map_err(unsent);
+                // A server may answer and not wait for the rest of a body. wasmtime's WASI 0.3 would take an error that is
+                // there at once for the request's, and drop the response.
+                if sent.is_err() {
+                    tokio::task::yield_now().await;
+                }
+                sent
+            });
             Ok((response, io))
         })
     }

@@ -50,7 +50,10 @@ pub(super) async fn serve(
             return Ok(());
         };
         exchange.push(frame);
-        poll_fn(|cx| exchange.poll_room(cx)).await;
+        // Without its body the guest's stream is closed, which tells it.
+        if !poll_fn(|cx| exchange.poll_room(cx)).await {
+            return Ok(());
+        }
     }
     exchange.complete();
     Ok(())

@@ -220,7 +220,9 @@ impl Body for Answer {
         if self.visit.is_bodyless() {
             return Poll::Ready(None);
         }
+        let is_overdue = self.visit.is_overdue();
         let frame = match &mut self.content {
+            _ if is_overdue => Some(Err(Failure::TimedOut)),
             Content::Whole { frames, .. } => frames.pop_front().map(Ok),
             Content::Stream { exchange, is_breaking_off, .. } => match exchange.poll_frame(cx) {
                 // hyper throws away what it holds of an answer that fails, even the head; it sends that while it waits.

@@ -2,8 +2,10 @@
 //!
 //! Reads, writes and requests note the time; nothing here waits. `connection.rs` asks when its timer fires.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -14,11 +16,13 @@ use bytes::BufMut;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use rustix::time::{ClockId, clock_gettime};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::server::Server;
 use crate::guest::Entrance;
+use crate::stdio::watched;
 
 /// In a drain an idle connection stays this long: a request may be on its way to it, and closing at once would lose it.
 pub const FAREWELL: Duration = Duration::from_millis(100);
@@ -45,6 +49,8 @@ pub struct Progress {
     /// The client does not take what is written.
     blocked: AtomicBool,
     goodbye: AtomicBool,
+    /// A guest works on a request for longer than a turn.
+    long: AtomicBool,
 }
 
 /// What the timer of a connection found.
@@ -69,6 +75,7 @@ impl Progress {
             served: AtomicBool::new(false),
             blocked: AtomicBool::new(false),
             goodbye: AtomicBool::new(false),
+            long: AtomicBool::new(false),
         })
     }
 
@@ -99,8 +106,19 @@ impl Progress {
         self.head.store(0, Ordering::Release);
     }
 
+    /// A guest goes on with a request: from here on it matters at once if the client leaves.
+    pub fn takes_long(&self) {
+        self.long.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the client's end has to be looked for. HTTP/2 reads whatever happens, and sees it.
+    fn is_watched(&self) -> bool {
+        self.long.load(Ordering::Relaxed) && !self.goodbye.load(Ordering::Relaxed)
+    }
+
     /// A request has its answer, or never will.
     pub fn ended(&self) {
+        self.long.store(false, Ordering::Relaxed);
         self.last.store(self.now(), Ordering::Relaxed);
         self.requests.fetch_sub(1, Ordering::Release);
     }
@@ -224,6 +242,9 @@ const SMALL: usize = 512;
 pub struct Io {
     stream: TokioIo<TcpStream>,
     progress: Arc<Progress>,
+    /// Ready when the client has closed its side. hyper reads no further than its guest does, and would not see it behind a
+    /// body that nobody reads.
+    left: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
 impl Read for Io {
@@ -237,7 +258,27 @@ impl Read for Io {
 impl Io {
     /// `stream`, whose reads and writes `progress` notes.
     pub fn new(stream: TcpStream, progress: Arc<Progress>) -> Self {
-        Self { stream: TokioIo::new(stream), progress }
+        Self { stream: TokioIo::new(stream), progress, left: None }
+    }
+
+    fn has_left(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.progress.is_watched() {
+            self.left = None;
+            return false;
+        }
+        let stream = self.stream.inner();
+        let left = self.left.get_or_insert_with(|| {
+            let own = stream.as_fd().try_clone_to_owned();
+            Box::pin(async move {
+                match own.and_then(|own| Ok(watched(own, Interest::READABLE)?)) {
+                    // Not what can be read: that the other side is closed.
+                    Ok(own) => drop(own.ready(Interest::PRIORITY).await),
+                    // No descriptors left: it will be seen later.
+                    Err(_) => std::future::pending().await,
+                }
+            })
+        });
+        left.as_mut().poll(cx).is_ready()
     }
 
     fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -274,6 +315,9 @@ impl Write for Io {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.has_left(cx) {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

@@ -101,6 +101,7 @@ async fn serve(progress: &Progress, request: Request<Incoming>, permit: Permit, 
         Step::Landed | Step::Waiting => None,
     };
     let terms = Terms { deadline, leash: leash.clone(), permit: Some(permit), spare: visit.spare() };
+    progress.takes_long();
     launch(server, flight, terms, runtime);
     answer(server, &exchange, Leash::new(leash.drop_guard()), verdict.as_deref(), visit).await
 }
@@ -181,11 +182,16 @@ async fn answer(
         Ok(head) => head,
         Err(failure) => return failed(server, &failure, verdict, visit),
     };
+    if head.status.is_informational() {
+        return failed(server, &Failure::Provisional(head.status), verdict, visit);
+    }
     visit.answered(head.status);
     match exchange.take_whole() {
         Some((frames, place)) => {
             visit.hold(place);
-            visit.forget_target();
+            if frames.len() < 2 {
+                visit.forget_target();
+            }
             let mut response = with_head(head, Answer::whole(frames, visit));
             name_trailers(&mut response);
             response
@@ -237,9 +243,12 @@ fn failed(server: &Server, failure: &Failure, verdict: Option<&Verdict>, mut vis
             visit.cut();
             refuse(StatusCode::SERVICE_UNAVAILABLE, "the container is stopping\n", visit)
         }
-        Failure::Trapped(_) | Failure::OutOfMemory(_) | Failure::Silent(_) | Failure::Refused(_) | Failure::Host(_) => {
-            refuse(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed\n", visit)
-        }
+        Failure::Trapped(_)
+        | Failure::OutOfMemory(_)
+        | Failure::Silent(_)
+        | Failure::Provisional(_)
+        | Failure::Refused(_)
+        | Failure::Host(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed\n", visit),
     }
 }
 

@@ -33,7 +33,7 @@ use super::workers::Workers;
 use crate::guest::{Entrance, Failure, Outcome, Serving, Stage};
 use crate::sharded::Counter;
 use crate::signals::Signals;
-use crate::stdio::{Streams, watched};
+use crate::stdio::{Output, Streams, watched};
 
 /// After a failed `accept` (no descriptors left, say): the next one would fail at once as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -64,6 +64,8 @@ pub struct Server {
     broken: AtomicU64,
     /// Requests were refused since the last line about it.
     crowded: AtomicBool,
+    /// Lines of ours that the reader of the container's log missed and the operator was not told of yet.
+    lost: AtomicU64,
 }
 
 /// What a server shares with the others of the process.
@@ -98,6 +100,7 @@ impl Server {
             finished: Counter::default(),
             broken: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
+            lost: AtomicU64::new(0),
         })
     }
 
@@ -314,20 +317,32 @@ impl Server {
         }
     }
 
-    /// One line about a request that failed, for the operator and for the reader of the container's log.
+    /// A line about a request that failed, for the operator and for the reader of the container's log; there a guest's own
+    /// trace follows.
     pub fn report(&self, request: u64, target: &str, failure: &Failure) {
         if matches!(failure, Failure::Stopped) {
             return tracing::debug!(container = %self.name, request, target, %failure, "a request was stopped");
         }
-        let cause = failure.to_string();
-        let cause = cause.lines().next_back().unwrap_or_default().trim();
+        let text = failure.to_string();
+        let cause = text.lines().next_back().unwrap_or_default().trim();
         tracing::warn!(container = %self.name, request, target, cause, "a request failed");
-        self.streams.stderr.line(&format!("request {request} {target}: {failure}\n"));
+        let trace = if text.contains('\n') { format!("{text}\n") } else { String::new() };
+        self.note(&self.streams.stderr, &format!("request {request} {target}: {cause}\n{trace}"));
     }
 
     /// A line of the access log.
     pub fn log(&self, line: &str) {
-        self.streams.stdout.line(line);
+        self.note(&self.streams.stdout, line);
+    }
+
+    /// Into the container's log. Nobody waits for a reader that is far behind; the operator is told what it will not see.
+    fn note(&self, output: &Arc<Output>, line: &str) {
+        if !output.line(line) {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        } else if self.lost.load(Ordering::Relaxed) > 0 {
+            let lines = self.lost.swap(0, Ordering::Relaxed);
+            tracing::warn!(container = %self.name, lines, "lost: the reader of the container's log was too slow");
+        }
     }
 }
 

@@ -83,6 +83,13 @@ impl Visit {
         self.uri = Uri::default();
     }
 
+    /// Its time is over while the client takes the answer piece by piece. A guest that runs is looked after by its task, which
+    /// also sees to the first piece.
+    pub fn is_overdue(&self) -> bool {
+        let timeout = self.connection.server().settings().request_timeout;
+        self.sent > 0 && timeout.is_some_and(|timeout| self.begun.elapsed() > timeout)
+    }
+
     /// When its head had come.
     pub fn begun(&self) -> Instant {
         self.begun

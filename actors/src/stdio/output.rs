@@ -23,6 +23,9 @@ use super::Sink;
 /// What a guest may hand over before it has to wait, in bytes: the size of a pipe.
 pub(crate) const CHUNK: usize = 64 << 10;
 
+/// Lines of our own that may wait for the reader, in bytes: some tenths of a second of a busy server's access log.
+const BACKLOG: usize = 1 << 20;
+
 /// A stream that a guest writes to.
 #[derive(Debug)]
 pub struct Output {
@@ -75,13 +78,16 @@ impl Output {
         }
     }
 
-    /// Writes a line of our own among the guest's; lost when the reader is far behind, for nobody waits for it here.
-    pub fn line(self: &Arc<Self>, text: &str) {
-        if self.has_room() {
+    /// Writes a line of our own among the guest's; false when the reader is so far behind that it is lost, for nobody waits
+    /// for it here.
+    pub fn line(self: &Arc<Self>, text: &str) -> bool {
+        let fits = self.lock().pending.len() < BACKLOG;
+        if fits {
             // A stream that is broken is told to whoever writes to it for a guest.
             let _ = self.write(text.as_bytes());
         }
         self.drain_later();
+        fits
     }
 
     /// Writes all of it, waiting for the reader; lost when the stream is broken.

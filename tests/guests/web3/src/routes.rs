@@ -6,12 +6,11 @@ use serde_json::{Map, Value, json};
 use wasip3::cli::environment::get_environment;
 use wasip3::clocks::monotonic_clock::{now, wait_for};
 use wasip3::http::types::{ErrorCode, Fields, Method, Request, Response, Scheme};
-use wasip3::wit_bindgen::{StreamResult, StreamWriter, spawn_local};
-use wasip3::{wit_future, wit_stream};
+use wasip3::wit_bindgen::{StreamWriter, spawn_local};
 
-use crate::answer::{head, streamed, text, whole};
+use crate::answer::{streamed, text, whole};
+use crate::query::{number, value};
 
-const CHUNK: usize = 64 * 1024;
 const MILLISECOND: u64 = 1_000_000;
 const PLAIN: &[(&str, &str)] = &[("content-type", "text/plain")];
 
@@ -53,27 +52,6 @@ fn scheme(scheme: Scheme) -> String {
     }
 }
 
-/// Through the guest's memory, piece by piece; the trailers are handed on unseen.
-pub fn echo(request: Request) -> Response {
-    let declared = request.get_headers().get("trailer").pop().map(|names| String::from_utf8_lossy(&names).into_owned());
-    let mut headers = vec![("content-type", "application/octet-stream")];
-    headers.extend(declared.as_deref().map(|names| ("trailer", names)));
-    let (_, fine) = wit_future::new(|| Ok(()));
-    let (mut from, end) = Request::consume_body(request, fine);
-    let (mut to, contents) = wit_stream::new();
-    spawn_local(async move {
-        loop {
-            let (result, piece) = from.read(Vec::with_capacity(CHUNK)).await;
-            // What comes back is what the reader did not take any more.
-            let taken = to.write_all(piece).await.is_empty();
-            if !taken || !matches!(result, StreamResult::Complete(_)) {
-                return;
-            }
-        }
-    });
-    head(200, &headers, contents, end)
-}
-
 pub fn trailers() -> Response {
     streamed(200, &[("content-type", "text/plain"), ("trailer", "x-checksum")], async |mut body| {
         body.write_all(b"body\n".to_vec()).await;
@@ -98,10 +76,31 @@ pub fn sleep_after_head(query: &str) -> Response {
     })
 }
 
-/// Without `ms` it never ends.
 pub fn spin(query: &str) -> Response {
-    let time = if query.is_empty() { Some(u64::MAX) } else { ms(query) };
-    let Some(time) = time else { return no_ms() };
+    let Some(time) = spin_time(query) else { return no_ms() };
+    compute(time);
+    text(200, "spun\n")
+}
+
+pub fn spin_after_head(query: &str) -> Response {
+    let Some(time) = spin_time(query) else { return no_ms() };
+    streamed(200, PLAIN, async move |mut body: StreamWriter<u8>| {
+        body.write_all(b"first\n".to_vec()).await;
+        // While a guest computes, the host hands on nothing of its instance: this goes out before.
+        wait_for(10 * MILLISECOND).await;
+        println!("spins");
+        compute(time);
+        body.write_all(b"second\n".to_vec()).await;
+        Ok(None)
+    })
+}
+
+/// Without `ms` it never ends.
+fn spin_time(query: &str) -> Option<u64> {
+    if value(query, "ms").is_none() { Some(u64::MAX) } else { ms(query) }
+}
+
+fn compute(time: u64) {
     let start = now();
     while now().saturating_sub(start) < time {
         (0..100_000_u32).for_each(|turn| {
@@ -109,7 +108,6 @@ pub fn spin(query: &str) -> Response {
             spin_loop();
         });
     }
-    text(200, "spun\n")
 }
 
 pub fn after(query: &str) -> Response {
@@ -151,9 +149,9 @@ pub fn static_counter() -> Response {
     text(200, &format!("{asked}\n"))
 }
 
-/// The one parameter there is, in nanoseconds.
+/// In nanoseconds.
 fn ms(query: &str) -> Option<u64> {
-    query.strip_prefix("ms=")?.parse::<u64>().ok().map(|ms| ms.saturating_mul(MILLISECOND))
+    number::<u64>(query, "ms").map(|ms| ms.saturating_mul(MILLISECOND))
 }
 
 fn no_ms() -> Response {
