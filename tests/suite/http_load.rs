@@ -212,7 +212,7 @@ fn rolling(containerd: &Containerd) -> Outcome {
     let client = containerd.namespace("http");
     let mut site = site::web(&client, &[])?;
     let load = Load::new(site.addr, wanted, true);
-    let clients = load.run(50);
+    let clients = load.run(200);
     for step in 1..=4 {
         load.wait_answered(wanted * step / 5)?;
         let next: Site<'_> = site::web(&client, &[])?;
