@@ -9,7 +9,7 @@ use super::base;
 
 /// The guests that Rust builds. Besides them there are `js.wasm` and `py.wasm`, too large for an image that every case
 /// imports: the cases about them pack their own.
-pub const BUILT: [&str; 12] = [
+pub const BUILT: [&str; 13] = [
     "hello.wasm",
     "hello-component.wasm",
     "kit.wasm",
@@ -19,6 +19,7 @@ pub const BUILT: [&str; 12] = [
     "cli3.wasm",
     "net.wasm",
     "net3.wasm",
+    "connect.wasm",
     "hello-http.wasm",
     "web.wasm",
     "web3.wasm",

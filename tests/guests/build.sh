@@ -7,7 +7,7 @@
 #
 #     rust   hello.wasm  kit.wasm  exports.wasm       programs, modules for WASI preview 1
 #            hello-component.wasm …                   the same three as components for WASI 0.2
-#            hello-http.wasm  web.wasm                HTTP servers, components for WASI 0.2
+#            hello-http.wasm  web.wasm  connect.wasm  HTTP servers, components for WASI 0.2
 #            net.wasm                                 a program with sockets, component for WASI 0.2
 #            cli3.wasm  net3.wasm  web3.wasm          programs and an HTTP server, components for WASI 0.3
 #     js     js.wasm                                  an HTTP server by another toolchain (others.sh)
@@ -32,7 +32,7 @@ out=${TROUPE_GUESTS:-${HOME:?set HOME or TROUPE_GUESTS}/.cache/troupe/guests}
 want=${TROUPE_GUESTS_TARGET:-auto}
 target=wasm32-wasip1
 programs=(exports hello kit)
-libraries=(cli3 hello-http net net3 web web3)
+libraries=(cli3 connect hello-http net net3 web web3)
 debian_libc=/usr/lib/wasm32-wasi
 cannot="no target $target here, and rustup cannot add it"
 

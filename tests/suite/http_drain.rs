@@ -1,5 +1,6 @@
 //! How a served container stops: what is in flight ends first, nothing new begins, and patience has an end.
 
+use std::io::Write as _;
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use hyper::http::{Method, Response};
 
 use super::http_serve::serving;
 use crate::common::containerd::Containerd;
-use crate::common::http::{self, Answer, BOTH, Connection, Protocol};
+use crate::common::http::{self, Answer, BOTH, Connection, End, Protocol};
 use crate::common::site::{self, Site};
 use crate::common::{Outcome, SOON, proc, wait};
 
@@ -20,6 +21,7 @@ pub const CASES: crate::common::Cases = &[
     ("what_is_in_flight_is_finished", in_flight),
     ("bodies_under_way_are_finished", bodies),
     ("idle_connections_are_told", idle),
+    ("a_connection_with_a_stream_is_told_at_once", goaway),
     ("an_idle_server_stops_at_once", idle_server),
     ("past_the_drain_timeout_requests_are_cut", timeout),
     ("a_second_signal_ends_the_drain", second_signal),
@@ -141,6 +143,36 @@ fn idle(containerd: &Containerd) -> Outcome {
         ensure!(ended.is_ok(), "HTTP/2 ended with {ended:?}");
         let drained = site.drained(0, SOON)?;
         ensure!(drained["finished"] == "2" && drained["cut"] == "0", "{drained:?}");
+        Ok(())
+    })
+}
+
+/// Frame by frame: a client of HTTP/2 learns of the drain while its request is under way, and not with the answer. It never
+/// acknowledges a PING, which no drain may wait for.
+fn goaway(containerd: &Containerd) -> Outcome {
+    const HEADERS: u8 = 1;
+    const GOAWAY: u8 = 7;
+    serving(containerd, &[], async |site| {
+        let mut socket = http::socket(site.addr)?;
+        let path = b"/sleep?ms=1500&say=begun";
+        // GET, http, the path and the authority `a` (RFC 7541, appendix A).
+        let block = [&[0x82, 0x86, 0x04, path.len() as u8][..], path, &[0x01, 1, b'a']].concat();
+        let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+        let head = [0, 0, block.len() as u8, HEADERS, 5, 0, 0, 0, 1];
+        socket.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..], &head, &block].concat())?;
+        site.told("begun", 1).await?;
+        signal(site, "SIGTERM").await?;
+        let (bytes, end) = http::read_all(&mut socket, SOON)?;
+        let (mut kinds, mut rest) = (Vec::new(), &bytes[..]);
+        while let [high, middle, low, kind, _, _, _, _, _, frames @ ..] = rest {
+            kinds.push(*kind);
+            rest = frames.get(u32::from_be_bytes([0, *high, *middle, *low]) as usize..).unwrap_or_default();
+        }
+        let at = |kind| kinds.iter().position(|seen| *seen == kind);
+        ensure!(at(GOAWAY).is_some() && at(GOAWAY) < at(HEADERS), "the frames are of the kinds {kinds:?}");
+        ensure!(end != End::Open, "the connection is kept");
+        let drained = site.drained(0, SOON)?;
+        ensure!(drained["finished"] == "1" && drained["cut"] == "0", "{drained:?}");
         Ok(())
     })
 }

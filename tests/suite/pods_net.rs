@@ -2,7 +2,7 @@
 //! resolv.conf and hosts file say, at a real name server (dnsmasq) on the node.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
@@ -10,15 +10,17 @@ use k8s_cri::v1::{DnsConfig, Mount, PodSandboxConfig, PortMapping};
 
 use super::pods::{addr, expect_empty, get};
 use crate::common::containerd::Containerd;
-use crate::common::cri::{Kubelet, Pod};
+use crate::common::cri::{Kubelet, Pod, variable};
 use crate::common::job::Job;
 use crate::common::node::SUBNET;
+use crate::common::site::PREFIX;
 use crate::common::{Outcome, SOON, wait};
 
 pub const CASES: crate::common::Cases = &[
     ("sockets_of_a_guest_are_in_its_pod", sockets),
     ("a_guest_sees_nothing_of_the_nodes_network", nothing_of_the_node),
     ("a_setting_denies_sockets", denied),
+    ("sockets_of_a_server_are_in_its_pod", servers),
     ("names_are_looked_up_as_the_pod_says", names),
     ("a_large_answer_comes_over_tcp", large_answer),
     ("a_dead_name_server_is_told_in_time", dead_server),
@@ -75,7 +77,7 @@ fn nothing_of_the_node(containerd: &Containerd) -> Outcome {
     let kubelet = Kubelet::connect(containerd)?;
     let pod = kubelet.run(kubelet.pod("curious")?)?;
     pod.web("web", &[])?;
-    let listener = kubelet.node()?.inside(|| Ok(std::net::TcpListener::bind("127.0.0.1:0")?))?;
+    let listener = kubelet.node()?.inside(|| Ok(TcpListener::bind("127.0.0.1:0")?))?;
     let secret = listener.local_addr()?.to_string();
     for (name, guest) in [("two", "/net.wasm"), ("three", "/net3.wasm")] {
         let refused = run(&pod, name, &[guest, "tcp", &secret, "x"], 1)?;
@@ -114,6 +116,40 @@ fn denied(containerd: &Containerd) -> Outcome {
     expect_empty(&kubelet)
 }
 
+/// Those of servers are linked apart from those of commands.
+fn servers(containerd: &Containerd) -> Outcome {
+    let kubelet = Kubelet::connect(containerd)?;
+    let other = kubelet.run(kubelet.pod("other")?)?;
+    other.web("web", &[])?;
+    let listener = kubelet.node()?.inside(|| Ok(TcpListener::bind("127.0.0.1:0")?))?;
+    let secret = listener.local_addr()?;
+    kubelet.node()?.inside(|| TcpStream::connect(secret).map(drop).context("the node itself"))?;
+    for (guest, refused, denied) in
+        [("/connect.wasm", "connection-refused", "access-denied"), ("/web3.wasm", "ConnectionRefused", "AccessDenied")]
+    {
+        let pod = kubelet.run(kubelet.pod("serving")?)?;
+        pod.guest("free", &[guest], |_| {})?.start()?;
+        let quiet = pod.guest("quiet", &[guest], |config| {
+            config.envs = vec![variable(&format!("{PREFIX}SOCKET_ADDR"), "0.0.0.0:8081")];
+            config.annotations.insert("troupe.dev/sockets".into(), "deny".into());
+        })?;
+        quiet.start()?;
+        let (free, quiet) = (addr(&pod, 8080)?, addr(&pod, 8081)?);
+        let connect = |from, to: SocketAddr| get(&kubelet, from, &format!("/connect?addr={to}")).context(guest);
+        let own = SocketAddr::from(([127, 0, 0, 1], 8080));
+        for to in [addr(&other, 8080)?, own] {
+            connect(free, to)?.expect(200, "connected\n").context(guest)?;
+        }
+        for (from, to, error) in [(free, secret, refused), (quiet, own, denied)] {
+            connect(from, to)?.expect(200, error).context(guest)?;
+        }
+        get(&kubelet, quiet, "/hello")?.expect(200, "hello\n")?;
+        pod.remove()?;
+    }
+    other.remove()?;
+    expect_empty(&kubelet)
+}
+
 /// dnsmasq on the node's address in the pods' network. It knows what its records say, and nothing else.
 fn name_server(kubelet: &Kubelet<'_>, records: &str) -> Result<Job> {
     let folder = kubelet.containerd.folder();
@@ -127,9 +163,7 @@ fn name_server(kubelet: &Kubelet<'_>, records: &str) -> Result<Job> {
         .arg(format!("--addn-hosts={}", hosts.display()));
     let job = Job::spawn(command)?;
     let at = (format!("{SUBNET}.1").parse::<Ipv4Addr>()?, 53);
-    wait::until_true("dnsmasq to listen", SOON, || {
-        kubelet.node()?.inside(|| Ok(std::net::TcpStream::connect(at).is_ok()))
-    })?;
+    wait::until_true("dnsmasq to listen", SOON, || kubelet.node()?.inside(|| Ok(TcpStream::connect(at).is_ok())))?;
     Ok(job)
 }
 

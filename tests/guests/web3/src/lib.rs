@@ -9,7 +9,7 @@
 //!     /trap               /trap-after-head                /error              the answer is an error code
 //!     /unfinished         the body ends with an error     /static-counter     how often this instance was asked
 //!     /file?path=PATH     a file, relative to its root    /make?path=PATH     makes a folder
-//!     /fetch?url=URL      a request of its own
+//!     /fetch?url=URL      a request of its own            /connect?addr       a socket of its own, to IP:PORT
 //!
 //! With `say=TEXT` in the query, whatever the path, TEXT is printed first: the request has begun. Several requests may run
 //! in one instance at the same time; nothing here is shared between them but the counter.
@@ -19,6 +19,7 @@ mod files;
 mod outgoing;
 mod query;
 mod routes;
+mod sockets;
 
 use realloc as _;
 use wasip3::http::types::{ErrorCode, Request, Response};
@@ -54,6 +55,7 @@ impl wasip3::exports::http::handler::Guest for Web {
             "/file" => Ok(files::read(query).await),
             "/make" => Ok(files::make(query).await),
             "/fetch" => Ok(outgoing::fetch(query).await),
+            "/connect" => Ok(sockets::connect(query).await),
             _ => Ok(answer::text(404, "not found\n")),
         }
     }

@@ -1,7 +1,9 @@
 //! Requests that this guest makes. What the host refuses is told in the answer: 200, its name in `x-error`, all of it in
 //! the body.
+use std::fmt::Debug;
+
 use wasip3::http::client::send;
-use wasip3::http::types::{ErrorCode, Fields, Request, Response, Scheme};
+use wasip3::http::types::{Fields, Request, Response, Scheme};
 use wasip3::wit_future;
 
 use crate::answer::{head, streamed, text};
@@ -47,7 +49,7 @@ fn answer(upstream: Response) -> Response {
     head(status, &[("content-type", kind)], handed_on(contents), end)
 }
 
-fn refused(error: &ErrorCode) -> Response {
+pub fn refused(error: &impl Debug) -> Response {
     let all = format!("{error:?}");
     let all = all.strip_prefix("ErrorCode::").unwrap_or(&all).to_owned();
     let name = all.split([' ', '(']).next().unwrap_or(&all).to_owned();
