@@ -9,6 +9,7 @@ use super::exits::KITS;
 use super::stdio;
 use crate::common::containerd::Containerd;
 use crate::common::ctr::{Client, Container};
+use crate::common::machine::undisturbed;
 use crate::common::{Outcome, SOON, guests, image, proc};
 
 pub const CASES: crate::common::Cases = &[
@@ -27,7 +28,7 @@ const WORST: Duration = Duration::from_millis(150);
 const USUAL: Duration = Duration::from_millis(30);
 
 /// Lets a healthy container tick while the others do their worst, and looks at its ticks afterwards.
-fn beside(client: &Client<'_>, act: impl FnOnce() -> Outcome) -> Outcome {
+fn beside(client: &Client<'_>, act: impl FnMut() -> Outcome) -> Outcome {
     beside_within(client, USUAL, WORST, act)
 }
 
@@ -35,7 +36,16 @@ fn beside_within(
     client: &Client<'_>,
     most_within: Duration,
     all_within: Duration,
-    act: impl FnOnce() -> Outcome,
+    mut act: impl FnMut() -> Outcome,
+) -> Outcome {
+    undisturbed(|| beside_once(client, most_within, all_within, &mut act))
+}
+
+fn beside_once(
+    client: &Client<'_>,
+    most_within: Duration,
+    all_within: Duration,
+    act: &mut impl FnMut() -> Outcome,
 ) -> Outcome {
     let run = client.guest("/kit.wasm", &["tick", "10"])?;
     let job = run.spawn()?;

@@ -30,9 +30,9 @@ const BACKLOG: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Output {
     target: Target,
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
     /// Held by whoever writes to a file; the bytes stay pending until they are written.
-    writer: tokio::sync::Mutex<()>,
+    writer: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl Output {
             Sink::Pipe(fd) => Target::Pipe(super::watched(fd, Interest::WRITABLE)?),
             Sink::File(file) => Target::File(Arc::new(file)),
         };
-        Ok(Arc::new(Self { target, state: Mutex::default(), writer: tokio::sync::Mutex::default() }))
+        Ok(Arc::new(Self { target, state: Arc::default(), writer: Arc::default() }))
     }
 
     /// Waits until nothing is pending. Cancel safe.
@@ -124,15 +124,18 @@ impl Output {
     }
 
     async fn drain_file(&self, file: &Arc<File>) {
-        let _writing = self.writer.lock().await;
+        let mut writing = Arc::clone(&self.writer).lock_owned().await;
         while self.is_pending() {
-            let bytes: Vec<u8> = self.lock().pending.iter().copied().collect();
-            let (length, file) = (bytes.len(), Arc::clone(file));
-            let written = tokio::task::spawn_blocking(move || (&*file).write_all(&bytes)).await;
-            let mut state = self.lock();
-            match written.map_err(io::Error::other).flatten() {
-                Ok(()) => drop(state.pending.drain(..length)),
-                Err(error) => state.fail(error),
+            let (state, file) = (Arc::clone(&self.state), Arc::clone(file));
+            // The thread itself notes what is written and lets go: whoever waits here may be dropped meanwhile, as a guest
+            // that is killed, and the next must not write the same again.
+            let written = tokio::task::spawn_blocking(move || {
+                write_pending(&state, &file);
+                writing
+            });
+            match written.await {
+                Ok(held) => writing = held,
+                Err(error) => return self.fail(io::Error::other(error)),
             }
         }
     }
@@ -186,7 +189,22 @@ impl Output {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes what is pending to a file, while others may add to it.
+fn write_pending(state: &Mutex<State>, mut file: &File) {
+    let bytes: Vec<u8> = lock(state).pending.iter().copied().collect();
+    let written = file.write_all(&bytes);
+    let mut state = lock(state);
+    match written {
+        Ok(()) => drop(state.pending.drain(..bytes.len())),
+        Err(error) => state.fail(error),
     }
 }
 
@@ -290,5 +308,35 @@ impl AsyncWrite for Writer {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_flush(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, pipe};
+
+    use super::*;
+
+    /// The pipe stands for a slow file: writing it takes as long as nobody reads.
+    #[tokio::test]
+    async fn what_is_being_written_when_its_guest_is_killed_is_written_once() {
+        let text: Vec<u8> = (0..3 * CHUNK).map(|index| (index % 251) as u8).collect();
+        let (mut reader, writer) = pipe().unwrap();
+        let output = Output::new(Sink::File(File::from(OwnedFd::from(writer)))).unwrap();
+        output.write(&text).unwrap();
+        let mut first = [0];
+        tokio::select! {
+            biased;
+            () = output.drain() => panic!("it fits"),
+            // Once there is a byte the thread is at it; then the one who waits is dropped.
+            read = tokio::task::spawn_blocking(move || reader.read_exact(&mut first).map(|()| reader)) => reader = read.unwrap().unwrap(),
+        }
+        let rest = tokio::task::spawn_blocking(move || {
+            let mut rest = Vec::new();
+            reader.read_to_end(&mut rest).map(|_| rest)
+        });
+        output.drain().await;
+        drop(output);
+        assert!(rest.await.unwrap().unwrap() == text[1..]);
     }
 }
