@@ -31,6 +31,7 @@ mod suite {
     pub mod http_load;
     pub mod http_messages;
     pub mod http_outgoing;
+    pub mod http_patience;
     pub mod http_serve;
     pub mod http_shared;
     pub mod http_swap;
@@ -98,6 +99,7 @@ const OVER_CONTAINERD: &[(&str, Cases)] = &[
     ("http_guest", suite::http_guest::CASES),
     ("http_drain", suite::http_drain::CASES),
     ("http_limits", suite::http_limits::CASES),
+    ("http_patience", suite::http_patience::CASES),
     ("http_failures", suite::http_failures::CASES),
     ("http_capacity", suite::http_capacity::CASES),
     ("http_load", suite::http_load::CASES),
@@ -134,7 +136,7 @@ const ON_CGROUP_2: &[(&str, Cases)] =
 const ON_NEWEST: &[(&str, Cases)] = &[
     ("http_concurrent", suite::http_concurrent::NEWEST),
     ("http_guest", suite::http_guest::NEWEST),
-    ("http_limits", suite::http_limits::NEWEST),
+    ("http_patience", suite::http_patience::NEWEST),
     ("http_capacity", suite::http_capacity::NEWEST),
     ("http_hostile", suite::http_hostile::NEWEST),
 ];

@@ -20,13 +20,13 @@ pub const CASES: crate::common::Cases = &[
     ("curl_is_served", curl),
     ("a_connection_serves_many_requests", keep_alive),
     ("pipelined_requests_are_answered_in_order", pipelined),
-    ("head_has_no_body", head),
+    ("head_has_no_body", |containerd| serving(containerd, &[], heads)),
     ("a_small_answer_of_any_length_is_whole", small),
     ("an_upload_is_echoed_as_it_comes", echo),
     ("trailers_go_both_ways", trailers),
     ("a_client_that_expects_100_gets_it", expect_continue),
     ("an_upload_arrives_whole", upload),
-    ("a_slow_reader_costs_no_memory", slow_reader),
+    ("a_slow_reader_costs_no_memory", |containerd| serving(containerd, &[], leisure)),
     ("an_upload_that_nobody_reads_costs_no_memory", unread_upload),
     ("statuses_are_the_guests", statuses),
 ];
@@ -118,22 +118,21 @@ fn pipelined(containerd: &Containerd) -> Outcome {
     })
 }
 
-fn head(containerd: &Containerd) -> Outcome {
-    serving(containerd, &[], async |site| {
-        for protocol in BOTH {
-            let mut connection = Connection::open(site.addr, protocol).await?;
-            for (path, length) in
-                [("/hello", Some("6")), ("/big?bytes=300000", None), ("/big?bytes=300000&length=1", Some("300000"))]
-            {
-                let request = connection.request(Method::HEAD, path, http::empty())?;
-                let answer = connection.fetch(request).await.context(path)?;
-                answer.expect(200, "")?;
-                ensure!(answer.header("content-length") == length, "{path}: {answer:?}");
-                connection.get("/hello").await?.expect(200, "hello\n")?;
-            }
+/// Of WASI 0.3 as well (`http_concurrent.rs`).
+pub async fn heads(site: &Site<'_>) -> Outcome {
+    for protocol in BOTH {
+        let mut connection = Connection::open(site.addr, protocol).await?;
+        for (path, length) in
+            [("/hello", Some("6")), ("/big?bytes=300000", None), ("/big?bytes=300000&length=1", Some("300000"))]
+        {
+            let request = connection.request(Method::HEAD, path, http::empty())?;
+            let answer = connection.fetch(request).await.context(path)?;
+            answer.expect(200, "")?;
+            ensure!(answer.header("content-length") == length, "{path}: {answer:?}");
+            connection.get("/hello").await?.expect(200, "hello\n")?;
         }
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 /// Up to some hundred bytes an answer is sent in another way than a larger one.
@@ -253,32 +252,30 @@ fn upload(containerd: &Containerd) -> Outcome {
     })
 }
 
-/// 64 MiB that a client takes at its leisure.
-fn slow_reader(containerd: &Containerd) -> Outcome {
+/// 64 MiB that a client takes at its leisure; of WASI 0.3 as well (`http_concurrent.rs`).
+pub async fn leisure(site: &Site<'_>) -> Outcome {
     const LENGTH: usize = 64 * MIB;
-    serving(containerd, &[], async |site| {
-        for protocol in BOTH {
-            http::get(site.addr, protocol, "/big?bytes=1000000").await?;
-            let before = site.memory_kib()?;
-            let mut connection = Connection::open(site.addr, protocol).await?;
-            let request = connection.request(Method::GET, &format!("/big?bytes={LENGTH}"), http::empty())?;
-            let mut body = connection.send(request).await?.into_body();
-            let (mut read, mut stalls) = (0, 0);
-            while let Some(frame) = http::soon("more of the body", async { anyhow::Ok(body.frame().await) }).await? {
-                let Ok(data) = frame?.into_data() else { continue };
-                ensure!(data.iter().enumerate().all(|(at, byte)| *byte == ((read + at) % 251) as u8), "at {read}");
-                read += data.len();
-                if read > (stalls + 1) * LENGTH / 5 {
-                    stalls += 1;
-                    tokio::time::sleep(Duration::from_millis(150)).await;
-                    let growth = site.memory_kib()?.saturating_sub(before);
-                    ensure!(growth < 8 * 1024, "{protocol:?}: a reader that is slow costs {growth} KiB");
-                }
+    for protocol in BOTH {
+        http::get(site.addr, protocol, "/big?bytes=1000000").await?;
+        let before = site.memory_kib()?;
+        let mut connection = Connection::open(site.addr, protocol).await?;
+        let request = connection.request(Method::GET, &format!("/big?bytes={LENGTH}"), http::empty())?;
+        let mut body = connection.send(request).await?.into_body();
+        let (mut read, mut stalls) = (0, 0);
+        while let Some(frame) = http::soon("more of the body", async { anyhow::Ok(body.frame().await) }).await? {
+            let Ok(data) = frame?.into_data() else { continue };
+            ensure!(data.iter().enumerate().all(|(at, byte)| *byte == ((read + at) % 251) as u8), "at {read}");
+            read += data.len();
+            if read > (stalls + 1) * LENGTH / 5 {
+                stalls += 1;
+                tokio::time::sleep(Duration::from_millis(150)).await;
+                let growth = site.memory_kib()?.saturating_sub(before);
+                ensure!(growth < 8 * 1024, "{protocol:?}: a reader that is slow costs {growth} KiB");
             }
-            ensure!(read == LENGTH, "{read} bytes");
         }
-        Ok(())
-    })
+        ensure!(read == LENGTH, "{read} bytes");
+    }
+    Ok(())
 }
 
 /// The guest sleeps and looks at nothing; the client has much to say.
